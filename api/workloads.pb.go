@@ -11,6 +11,7 @@ package api
 import (
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
+	durationpb "google.golang.org/protobuf/types/known/durationpb"
 	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
 	reflect "reflect"
 	sync "sync"
@@ -23,6 +24,195 @@ const (
 	// Verify that runtime/protoimpl is sufficiently up-to-date.
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
+
+// ProbeRequest asks an agent to open one connection from its own network
+// namespace, past its own redirection, and to close it after the handshake.
+type ProbeRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Returned in the result.
+	Id uint64 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
+	// "host:port", an address of a gateway of another network.
+	Address string `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"`
+	// Server name to offer; empty means: connect, and speak no TLS.
+	Sni string `protobuf:"bytes,3,opt,name=sni,proto3" json:"sni,omitempty"`
+	// Protocols to offer, most preferred first.
+	Alpn []string `protobuf:"bytes,4,rep,name=alpn,proto3" json:"alpn,omitempty"`
+	// SPIFFE IDs of which the peer must have one; empty accepts any of the trust
+	// domain's roots.
+	Identities    []string             `protobuf:"bytes,5,rep,name=identities,proto3" json:"identities,omitempty"`
+	Timeout       *durationpb.Duration `protobuf:"bytes,6,opt,name=timeout,proto3" json:"timeout,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ProbeRequest) Reset() {
+	*x = ProbeRequest{}
+	mi := &file_workloads_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ProbeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ProbeRequest) ProtoMessage() {}
+
+func (x *ProbeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_workloads_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ProbeRequest.ProtoReflect.Descriptor instead.
+func (*ProbeRequest) Descriptor() ([]byte, []int) {
+	return file_workloads_proto_rawDescGZIP(), []int{0}
+}
+
+func (x *ProbeRequest) GetId() uint64 {
+	if x != nil {
+		return x.Id
+	}
+	return 0
+}
+
+func (x *ProbeRequest) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *ProbeRequest) GetSni() string {
+	if x != nil {
+		return x.Sni
+	}
+	return ""
+}
+
+func (x *ProbeRequest) GetAlpn() []string {
+	if x != nil {
+		return x.Alpn
+	}
+	return nil
+}
+
+func (x *ProbeRequest) GetIdentities() []string {
+	if x != nil {
+		return x.Identities
+	}
+	return nil
+}
+
+func (x *ProbeRequest) GetTimeout() *durationpb.Duration {
+	if x != nil {
+		return x.Timeout
+	}
+	return nil
+}
+
+// ProbeResult is how far the agent came.
+type ProbeResult struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    uint64                 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
+	// The TCP connection was established.
+	Connected bool `protobuf:"varint,2,opt,name=connected,proto3" json:"connected,omitempty"`
+	// The TLS handshake was completed and the peer verified.
+	Verified bool `protobuf:"varint,3,opt,name=verified,proto3" json:"verified,omitempty"`
+	// Why it ended before that.
+	Message string               `protobuf:"bytes,4,opt,name=message,proto3" json:"message,omitempty"`
+	Elapsed *durationpb.Duration `protobuf:"bytes,5,opt,name=elapsed,proto3" json:"elapsed,omitempty"`
+	// SPIFFE ID and serial number (hex) of the peer's certificate.
+	Peer          string `protobuf:"bytes,6,opt,name=peer,proto3" json:"peer,omitempty"`
+	Serial        string `protobuf:"bytes,7,opt,name=serial,proto3" json:"serial,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ProbeResult) Reset() {
+	*x = ProbeResult{}
+	mi := &file_workloads_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ProbeResult) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ProbeResult) ProtoMessage() {}
+
+func (x *ProbeResult) ProtoReflect() protoreflect.Message {
+	mi := &file_workloads_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ProbeResult.ProtoReflect.Descriptor instead.
+func (*ProbeResult) Descriptor() ([]byte, []int) {
+	return file_workloads_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *ProbeResult) GetId() uint64 {
+	if x != nil {
+		return x.Id
+	}
+	return 0
+}
+
+func (x *ProbeResult) GetConnected() bool {
+	if x != nil {
+		return x.Connected
+	}
+	return false
+}
+
+func (x *ProbeResult) GetVerified() bool {
+	if x != nil {
+		return x.Verified
+	}
+	return false
+}
+
+func (x *ProbeResult) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
+func (x *ProbeResult) GetElapsed() *durationpb.Duration {
+	if x != nil {
+		return x.Elapsed
+	}
+	return nil
+}
+
+func (x *ProbeResult) GetPeer() string {
+	if x != nil {
+		return x.Peer
+	}
+	return ""
+}
+
+func (x *ProbeResult) GetSerial() string {
+	if x != nil {
+		return x.Serial
+	}
+	return ""
+}
 
 // HealthReport is the whole present state of a workload, not a change of it.
 type HealthReport struct {
@@ -47,7 +237,7 @@ type HealthReport struct {
 
 func (x *HealthReport) Reset() {
 	*x = HealthReport{}
-	mi := &file_workloads_proto_msgTypes[0]
+	mi := &file_workloads_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -59,7 +249,7 @@ func (x *HealthReport) String() string {
 func (*HealthReport) ProtoMessage() {}
 
 func (x *HealthReport) ProtoReflect() protoreflect.Message {
-	mi := &file_workloads_proto_msgTypes[0]
+	mi := &file_workloads_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -72,7 +262,7 @@ func (x *HealthReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HealthReport.ProtoReflect.Descriptor instead.
 func (*HealthReport) Descriptor() ([]byte, []int) {
-	return file_workloads_proto_rawDescGZIP(), []int{0}
+	return file_workloads_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *HealthReport) GetHealthy() bool {
@@ -139,7 +329,7 @@ type HealthAck struct {
 
 func (x *HealthAck) Reset() {
 	*x = HealthAck{}
-	mi := &file_workloads_proto_msgTypes[1]
+	mi := &file_workloads_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -151,7 +341,7 @@ func (x *HealthAck) String() string {
 func (*HealthAck) ProtoMessage() {}
 
 func (x *HealthAck) ProtoReflect() protoreflect.Message {
-	mi := &file_workloads_proto_msgTypes[1]
+	mi := &file_workloads_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -164,7 +354,7 @@ func (x *HealthAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HealthAck.ProtoReflect.Descriptor instead.
 func (*HealthAck) Descriptor() ([]byte, []int) {
-	return file_workloads_proto_rawDescGZIP(), []int{1}
+	return file_workloads_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *HealthAck) GetIntervalSeconds() uint32 {
@@ -193,7 +383,24 @@ var File_workloads_proto protoreflect.FileDescriptor
 const file_workloads_proto_rawDesc = "" +
 	"\n" +
 	"\x0fworkloads.proto\x12\n" +
-	"isthmus.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe4\x01\n" +
+	"isthmus.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb3\x01\n" +
+	"\fProbeRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x18\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x10\n" +
+	"\x03sni\x18\x03 \x01(\tR\x03sni\x12\x12\n" +
+	"\x04alpn\x18\x04 \x03(\tR\x04alpn\x12\x1e\n" +
+	"\n" +
+	"identities\x18\x05 \x03(\tR\n" +
+	"identities\x123\n" +
+	"\atimeout\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\atimeout\"\xd2\x01\n" +
+	"\vProbeResult\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x1c\n" +
+	"\tconnected\x18\x02 \x01(\bR\tconnected\x12\x1a\n" +
+	"\bverified\x18\x03 \x01(\bR\bverified\x12\x18\n" +
+	"\amessage\x18\x04 \x01(\tR\amessage\x123\n" +
+	"\aelapsed\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\aelapsed\x12\x12\n" +
+	"\x04peer\x18\x06 \x01(\tR\x04peer\x12\x16\n" +
+	"\x06serial\x18\a \x01(\tR\x06serial\"\xe4\x01\n" +
 	"\fHealthReport\x12\x18\n" +
 	"\ahealthy\x18\x01 \x01(\bR\ahealthy\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\x12\x1c\n" +
@@ -205,9 +412,10 @@ const file_workloads_proto_rawDesc = "" +
 	"\tHealthAck\x12)\n" +
 	"\x10interval_seconds\x18\x01 \x01(\rR\x0fintervalSeconds\x12\x1a\n" +
 	"\baccepted\x18\x02 \x01(\bR\baccepted\x12\x18\n" +
-	"\amessage\x18\x03 \x01(\tR\amessage2J\n" +
+	"\amessage\x18\x03 \x01(\tR\amessage2\x8a\x01\n" +
 	"\tWorkloads\x12=\n" +
-	"\x06Report\x12\x18.isthmus.v1.HealthReport\x1a\x15.isthmus.v1.HealthAck(\x010\x01B%Z#github.com/isthmus-mesh/isthmus/apib\x06proto3"
+	"\x06Report\x12\x18.isthmus.v1.HealthReport\x1a\x15.isthmus.v1.HealthAck(\x010\x01\x12>\n" +
+	"\x05Probe\x12\x17.isthmus.v1.ProbeResult\x1a\x18.isthmus.v1.ProbeRequest(\x010\x01B%Z#github.com/isthmus-mesh/isthmus/apib\x06proto3"
 
 var (
 	file_workloads_proto_rawDescOnce sync.Once
@@ -221,21 +429,28 @@ func file_workloads_proto_rawDescGZIP() []byte {
 	return file_workloads_proto_rawDescData
 }
 
-var file_workloads_proto_msgTypes = make([]protoimpl.MessageInfo, 2)
+var file_workloads_proto_msgTypes = make([]protoimpl.MessageInfo, 4)
 var file_workloads_proto_goTypes = []any{
-	(*HealthReport)(nil),          // 0: isthmus.v1.HealthReport
-	(*HealthAck)(nil),             // 1: isthmus.v1.HealthAck
-	(*timestamppb.Timestamp)(nil), // 2: google.protobuf.Timestamp
+	(*ProbeRequest)(nil),          // 0: isthmus.v1.ProbeRequest
+	(*ProbeResult)(nil),           // 1: isthmus.v1.ProbeResult
+	(*HealthReport)(nil),          // 2: isthmus.v1.HealthReport
+	(*HealthAck)(nil),             // 3: isthmus.v1.HealthAck
+	(*durationpb.Duration)(nil),   // 4: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil), // 5: google.protobuf.Timestamp
 }
 var file_workloads_proto_depIdxs = []int32{
-	2, // 0: isthmus.v1.HealthReport.observed:type_name -> google.protobuf.Timestamp
-	0, // 1: isthmus.v1.Workloads.Report:input_type -> isthmus.v1.HealthReport
-	1, // 2: isthmus.v1.Workloads.Report:output_type -> isthmus.v1.HealthAck
-	2, // [2:3] is the sub-list for method output_type
-	1, // [1:2] is the sub-list for method input_type
-	1, // [1:1] is the sub-list for extension type_name
-	1, // [1:1] is the sub-list for extension extendee
-	0, // [0:1] is the sub-list for field type_name
+	4, // 0: isthmus.v1.ProbeRequest.timeout:type_name -> google.protobuf.Duration
+	4, // 1: isthmus.v1.ProbeResult.elapsed:type_name -> google.protobuf.Duration
+	5, // 2: isthmus.v1.HealthReport.observed:type_name -> google.protobuf.Timestamp
+	2, // 3: isthmus.v1.Workloads.Report:input_type -> isthmus.v1.HealthReport
+	1, // 4: isthmus.v1.Workloads.Probe:input_type -> isthmus.v1.ProbeResult
+	3, // 5: isthmus.v1.Workloads.Report:output_type -> isthmus.v1.HealthAck
+	0, // 6: isthmus.v1.Workloads.Probe:output_type -> isthmus.v1.ProbeRequest
+	5, // [5:7] is the sub-list for method output_type
+	3, // [3:5] is the sub-list for method input_type
+	3, // [3:3] is the sub-list for extension type_name
+	3, // [3:3] is the sub-list for extension extendee
+	0, // [0:3] is the sub-list for field type_name
 }
 
 func init() { file_workloads_proto_init() }
@@ -249,7 +464,7 @@ func file_workloads_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_workloads_proto_rawDesc), len(file_workloads_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   2,
+			NumMessages:   4,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

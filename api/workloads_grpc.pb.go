@@ -22,6 +22,7 @@ const _ = grpc.SupportPackageIsVersion9
 
 const (
 	Workloads_Report_FullMethodName = "/isthmus.v1.Workloads/Report"
+	Workloads_Probe_FullMethodName  = "/isthmus.v1.Workloads/Probe"
 )
 
 // WorkloadsClient is the client API for Workloads service.
@@ -36,6 +37,10 @@ type WorkloadsClient interface {
 	// report makes the workload visible; the end of the stream, or silence for
 	// three times HealthAck.interval_seconds, makes it unhealthy, never unknown.
 	Report(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[HealthReport, HealthAck], error)
+	// Probe lends the agent of an east-west gateway to meshd, so that a path can
+	// be tried from where it is used. The agent opens the stream, sends one empty
+	// ProbeResult to make itself known, and answers each request once.
+	Probe(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[ProbeResult, ProbeRequest], error)
 }
 
 type workloadsClient struct {
@@ -59,6 +64,19 @@ func (c *workloadsClient) Report(ctx context.Context, opts ...grpc.CallOption) (
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Workloads_ReportClient = grpc.BidiStreamingClient[HealthReport, HealthAck]
 
+func (c *workloadsClient) Probe(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[ProbeResult, ProbeRequest], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Workloads_ServiceDesc.Streams[1], Workloads_Probe_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[ProbeResult, ProbeRequest]{ClientStream: stream}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Workloads_ProbeClient = grpc.BidiStreamingClient[ProbeResult, ProbeRequest]
+
 // WorkloadsServer is the server API for Workloads service.
 // All implementations must embed UnimplementedWorkloadsServer
 // for forward compatibility.
@@ -71,6 +89,10 @@ type WorkloadsServer interface {
 	// report makes the workload visible; the end of the stream, or silence for
 	// three times HealthAck.interval_seconds, makes it unhealthy, never unknown.
 	Report(grpc.BidiStreamingServer[HealthReport, HealthAck]) error
+	// Probe lends the agent of an east-west gateway to meshd, so that a path can
+	// be tried from where it is used. The agent opens the stream, sends one empty
+	// ProbeResult to make itself known, and answers each request once.
+	Probe(grpc.BidiStreamingServer[ProbeResult, ProbeRequest]) error
 	mustEmbedUnimplementedWorkloadsServer()
 }
 
@@ -83,6 +105,9 @@ type UnimplementedWorkloadsServer struct{}
 
 func (UnimplementedWorkloadsServer) Report(grpc.BidiStreamingServer[HealthReport, HealthAck]) error {
 	return status.Error(codes.Unimplemented, "method Report not implemented")
+}
+func (UnimplementedWorkloadsServer) Probe(grpc.BidiStreamingServer[ProbeResult, ProbeRequest]) error {
+	return status.Error(codes.Unimplemented, "method Probe not implemented")
 }
 func (UnimplementedWorkloadsServer) mustEmbedUnimplementedWorkloadsServer() {}
 func (UnimplementedWorkloadsServer) testEmbeddedByValue()                   {}
@@ -112,6 +137,13 @@ func _Workloads_Report_Handler(srv interface{}, stream grpc.ServerStream) error 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Workloads_ReportServer = grpc.BidiStreamingServer[HealthReport, HealthAck]
 
+func _Workloads_Probe_Handler(srv interface{}, stream grpc.ServerStream) error {
+	return srv.(WorkloadsServer).Probe(&grpc.GenericServerStream[ProbeResult, ProbeRequest]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Workloads_ProbeServer = grpc.BidiStreamingServer[ProbeResult, ProbeRequest]
+
 // Workloads_ServiceDesc is the grpc.ServiceDesc for Workloads service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -123,6 +155,12 @@ var Workloads_ServiceDesc = grpc.ServiceDesc{
 		{
 			StreamName:    "Report",
 			Handler:       _Workloads_Report_Handler,
+			ServerStreams: true,
+			ClientStreams: true,
+		},
+		{
+			StreamName:    "Probe",
+			Handler:       _Workloads_Probe_Handler,
 			ServerStreams: true,
 			ClientStreams: true,
 		},
