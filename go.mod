@@ -28,7 +28,7 @@ require (
 	istio.io/api v1.31.1
 	k8s.io/client-go v0.37.2
 	pgregory.net/rapid v1.3.0
-	sigs.k8s.io/gateway-api v1.6.1
+	sigs.k8s.io/gateway-api v1.6.3
 	sigs.k8s.io/knftables v0.0.22
 	sigs.k8s.io/mcs-api v0.5.2
 	sigs.k8s.io/yaml v1.6.0
@@ -158,6 +158,7 @@ require (
 )
 
 tool (
+	go.etcd.io/etcd/server/v3
 	gotest.tools/gotestsum
 	honnef.co/go/tools/cmd/staticcheck
 )
