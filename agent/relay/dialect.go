@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package relay
+
+import (
+	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	statuspb "google.golang.org/genproto/googleapis/rpc/status"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/isthmus-mesh/isthmus/api"
+)
+
+const (
+	// NameTableType is the type URL under which meshd sends the name table.
+	NameTableType = "type.googleapis.com/istio.networking.nds.v1.NameTable"
+
+	listenerType = "type.googleapis.com/envoy.config.listener.v3.Listener"
+)
+
+// dialect is what differs between the two variants of the protocol.
+type dialect struct {
+	method       string
+	requestType  protowire.Number
+	requestNonce protowire.Number
+	requestError protowire.Number
+	// subscribe is the request for the name table, given what is held.
+	subscribe func(held map[string]string) proto.Message
+	// answer decodes a name table response.
+	answer func(data []byte) (tableAnswer, error)
+	// confirm acknowledges an answer, or refuses it when problem is set.
+	confirm func(a tableAnswer, problem error) proto.Message
+}
+
+// tableAnswer is one response of type NameTable.
+type tableAnswer struct {
+	nonce   string
+	version string // state of the world only
+	held    map[string]string
+	table   *api.NameTable // nil if the answer holds none
+}
+
+var incremental = dialect{
+	method:       "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources",
+	requestType:  fieldDeltaRequestType,
+	requestNonce: fieldDeltaRequestNonce,
+	requestError: fieldDeltaRequestError,
+	subscribe: func(held map[string]string) proto.Message {
+		return &discoveryv3.DeltaDiscoveryRequest{TypeUrl: NameTableType, InitialResourceVersions: held}
+	},
+	answer: func(data []byte) (tableAnswer, error) {
+		var response discoveryv3.DeltaDiscoveryResponse
+		if err := proto.Unmarshal(data, &response); err != nil {
+			return tableAnswer{}, err
+		}
+		a := tableAnswer{nonce: response.GetNonce(), held: map[string]string{}}
+		for _, resource := range response.GetResources() {
+			a.held[resource.GetName()] = resource.GetVersion()
+		}
+		if len(response.GetResources()) == 0 {
+			return a, nil
+		}
+		a.table = &api.NameTable{}
+		return a, response.GetResources()[0].GetResource().UnmarshalTo(a.table)
+	},
+	confirm: func(a tableAnswer, problem error) proto.Message {
+		return &discoveryv3.DeltaDiscoveryRequest{TypeUrl: NameTableType, ResponseNonce: a.nonce, ErrorDetail: detail(problem)}
+	},
+}
+
+var stateOfTheWorld = dialect{
+	method:       "/envoy.service.discovery.v3.AggregatedDiscoveryService/StreamAggregatedResources",
+	requestType:  fieldRequestType,
+	requestNonce: fieldRequestNonce,
+	requestError: fieldRequestError,
+	subscribe: func(map[string]string) proto.Message {
+		return &discoveryv3.DiscoveryRequest{TypeUrl: NameTableType}
+	},
+	answer: func(data []byte) (tableAnswer, error) {
+		var response discoveryv3.DiscoveryResponse
+		if err := proto.Unmarshal(data, &response); err != nil {
+			return tableAnswer{}, err
+		}
+		a := tableAnswer{nonce: response.GetNonce(), version: response.GetVersionInfo()}
+		if len(response.GetResources()) == 0 {
+			return a, nil
+		}
+		a.table = &api.NameTable{}
+		return a, response.GetResources()[0].UnmarshalTo(a.table)
+	},
+	confirm: func(a tableAnswer, problem error) proto.Message {
+		return &discoveryv3.DiscoveryRequest{TypeUrl: NameTableType, VersionInfo: a.version, ResponseNonce: a.nonce, ErrorDetail: detail(problem)}
+	},
+}
+
+func detail(problem error) *statuspb.Status {
+	if problem == nil {
+		return nil
+	}
+	return &statuspb.Status{Code: int32(codes.InvalidArgument), Message: problem.Error()}
+}

@@ -1,0 +1,272 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package relay
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/isthmus-mesh/isthmus/api"
+)
+
+// ErrBroken ends Envoy's stream when the upstream has ended.
+var ErrBroken = errors.New("discovery stream to meshd ended")
+
+// Relay is the agent's side of the aggregated discovery service.
+// Fields must not change once it serves.
+type Relay struct {
+	// Server is host:port of meshd.
+	Server string
+	// Credentials authenticate both sides; see identity.Credentials.
+	Credentials credentials.TransportCredentials
+	// Ready blocks until Credentials have a certificate to show.
+	Ready func(ctx context.Context) error
+	// Dial opens connections; nil uses the network as it is.
+	Dial func(ctx context.Context, address string) (net.Conn, error)
+	// Names gets each name table. If nil, none is asked for.
+	Names func(*api.NameTable)
+	// Log gets connects, breaks and what Envoy refuses; nil discards.
+	Log *slog.Logger
+
+	connected  atomic.Int64
+	configured atomic.Bool
+
+	mu   sync.Mutex
+	held map[string]string // name table resources and their versions
+	last error             // why the last attempt to connect failed
+}
+
+// Connected tells whether an upstream stream is open.
+func (r *Relay) Connected() bool { return r.connected.Load() > 0 }
+
+// Configured tells whether Envoy has accepted listeners at least once.
+func (r *Relay) Configured() bool { return r.configured.Load() }
+
+// Register adds the aggregated discovery service to a gRPC server, which must
+// use Codec.
+func (r *Relay) Register(server *grpc.Server) {
+	if r.Log == nil {
+		r.Log = slog.New(slog.DiscardHandler)
+	}
+	server.RegisterService(&grpc.ServiceDesc{
+		ServiceName: discoveryv3.AggregatedDiscoveryService_ServiceDesc.ServiceName,
+		HandlerType: (*any)(nil),
+		Streams: []grpc.StreamDesc{
+			{StreamName: "StreamAggregatedResources", ServerStreams: true, ClientStreams: true, Handler: r.handler(stateOfTheWorld)},
+			{StreamName: "DeltaAggregatedResources", ServerStreams: true, ClientStreams: true, Handler: r.handler(incremental)},
+		},
+	}, r)
+}
+
+func (r *Relay) handler(d dialect) grpc.StreamHandler {
+	return func(_ any, envoy grpc.ServerStream) error {
+		err := r.carry(envoy, d)
+		if err == nil || envoy.Context().Err() != nil {
+			return nil
+		}
+		r.Log.Warn("discovery stream ended", "server", r.Server, "error", err)
+		if _, ok := status.FromError(err); ok {
+			return err
+		}
+		return status.Error(codes.Unavailable, err.Error())
+	}
+}
+
+// carry serves one stream of Envoy's from open to end.
+func (r *Relay) carry(envoy grpc.ServerStream, d dialect) error {
+	ctx, cancel := context.WithCancel(envoy.Context())
+	defer cancel()
+	if r.Ready != nil {
+		if err := r.Ready(ctx); err != nil {
+			return err
+		}
+	}
+	// A connection of its own for each stream: it is bound to the certificate
+	// of its handshake, and the next stream must show the present one.
+	conn, err := grpc.NewClient("passthrough:///"+r.Server, r.options()...)
+	if err != nil {
+		return fmt.Errorf("meshd %s: %w", r.Server, err)
+	}
+	defer conn.Close()
+	stopReporting := r.reportStates(ctx, conn)
+	defer stopReporting()
+	meshd, err := conn.NewStream(ctx, &grpc.StreamDesc{ServerStreams: true, ClientStreams: true}, d.method, grpc.WaitForReady(true))
+	if err != nil {
+		return err
+	}
+	r.connected.Add(1)
+	defer r.connected.Add(-1)
+	r.Log.Info("discovery stream open", "server", r.Server)
+	one := &exchange{relay: r, dialect: d, envoy: envoy, meshd: meshd}
+	ended := make(chan error, 2)
+	// Both end soon after this handler: cancel unblocks the side of meshd, and
+	// returning unblocks the side of Envoy.
+	go func() { ended <- one.requests() }()
+	go func() { ended <- one.responses() }()
+	return <-ended
+}
+
+func (r *Relay) options() []grpc.DialOption {
+	options := []grpc.DialOption{
+		grpc.WithTransportCredentials(&noted{TransportCredentials: r.Credentials, note: r.note}),
+		grpc.WithDefaultCallOptions(
+			grpc.ForceCodecV2(Codec{}),
+			grpc.MaxCallRecvMsgSize(math.MaxInt32),
+			grpc.MaxCallSendMsgSize(math.MaxInt32),
+		),
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
+		grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff:           backoff.Config{BaseDelay: 250 * time.Millisecond, Multiplier: 1.6, Jitter: 0.3, MaxDelay: 5 * time.Second},
+			MinConnectTimeout: 5 * time.Second,
+		}),
+	}
+	return append(options, grpc.WithContextDialer(r.dial))
+}
+
+// exchange is one pair of streams.
+type exchange struct {
+	relay   *Relay
+	dialect dialect
+	envoy   grpc.ServerStream
+	meshd   grpc.ClientStream
+
+	sending   sync.Mutex // guards meshd.SendMsg, which has two callers
+	asked     bool       // the name table was asked for; only requests() uses it
+	mu        sync.Mutex
+	listeners string // nonce of the last listener response
+}
+
+// requests carries Envoy's messages up.
+func (x *exchange) requests() error {
+	for {
+		var f frame
+		if err := x.envoy.RecvMsg(&f); err != nil {
+			if errors.Is(err, io.EOF) {
+				return x.meshd.CloseSend()
+			}
+			return err
+		}
+		kind, err := text(f.data, x.dialect.requestType)
+		if err != nil {
+			return status.Error(codes.InvalidArgument, err.Error())
+		}
+		if err := x.send(&f); err != nil {
+			return err
+		}
+		x.note(string(kind), f.data)
+		if string(kind) == listenerType && !x.asked && x.relay.Names != nil {
+			x.asked = true
+			if err := x.sendMessage(x.dialect.subscribe(x.relay.heldNames())); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// note looks at what Envoy said about an earlier response: an acknowledgement
+// of listeners makes us configured, a refusal is what a person wants to read.
+func (x *exchange) note(kind string, data []byte) {
+	nonce, err := text(data, x.dialect.requestNonce)
+	if err != nil || len(nonce) == 0 {
+		return
+	}
+	refusal, err := text(data, x.dialect.requestError)
+	if err != nil {
+		return
+	}
+	if refusal == nil {
+		if kind == listenerType {
+			x.relay.configured.Store(true)
+		}
+		return
+	}
+	message, _ := text(refusal, fieldStatusMessage) // a refusal without words is still one
+	x.relay.Log.Warn("envoy refused configuration", "type", kind, "nonce", string(nonce), "error", string(message))
+}
+
+// responses carries meshd's messages down.
+func (x *exchange) responses() error {
+	for {
+		var f frame
+		if err := x.meshd.RecvMsg(&f); err != nil {
+			if errors.Is(err, io.EOF) {
+				return ErrBroken
+			}
+			return err
+		}
+		kind, err := text(f.data, fieldResponseType)
+		if err != nil {
+			return err
+		}
+		if string(kind) != NameTableType {
+			if err := x.envoy.SendMsg(&f); err != nil {
+				return err
+			}
+			continue
+		}
+		if err := x.names(f.data); err != nil {
+			return err
+		}
+	}
+}
+
+// names consumes one name table response.
+func (x *exchange) names(data []byte) error {
+	answer, err := x.dialect.answer(data)
+	if err != nil {
+		x.relay.Log.Warn("name table refused", "error", err)
+		return x.sendMessage(x.dialect.confirm(answer, fmt.Errorf("name table: %w", err)))
+	}
+	if answer.table != nil && x.relay.Names != nil {
+		x.relay.Names(answer.table)
+		x.relay.hold(answer.held)
+	}
+	return x.sendMessage(x.dialect.confirm(answer, nil))
+}
+
+func (x *exchange) sendMessage(message proto.Message) error {
+	data, err := proto.Marshal(message)
+	if err != nil {
+		return err
+	}
+	return x.send(&frame{data: data})
+}
+
+// send reports io.EOF as success: the real error is what RecvMsg returns.
+func (x *exchange) send(f *frame) error {
+	x.sending.Lock()
+	defer x.sending.Unlock()
+	if err := x.meshd.SendMsg(f); err != nil && !errors.Is(err, io.EOF) {
+		return err
+	}
+	return nil
+}
+
+func (r *Relay) heldNames() map[string]string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.held
+}
+
+func (r *Relay) hold(held map[string]string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.held = held // replaced whole, never changed, so readers may keep the old one
+}
