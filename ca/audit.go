@@ -1,0 +1,274 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package ca
+
+import (
+	"bufio"
+	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// What an audit line tells about.
+const (
+	AuditBegan      = "began"      // a replica opened its log
+	AuditIssued     = "issued"     // a certificate left
+	AuditRefused    = "refused"    // a certificate was asked for and refused
+	AuditAuthority  = "authority"  // an issuer was made, activated or retired
+	AuditRevoked    = "revoked"    // an instance or a source was cut off
+	AuditReinstated = "reinstated" // and was let in again
+)
+
+// AuditEntry is one line of the audit log. Fields that do not apply are left out.
+type AuditEntry struct {
+	Sequence   uint64     `json:"seq"` // 1, 2, 3, … of one log; set by Append
+	Time       time.Time  `json:"time"`
+	Event      string     `json:"event"`
+	Replica    string     `json:"replica,omitempty"`
+	Method     string     `json:"method,omitempty"`     // kind of credential
+	Credential string     `json:"credential,omitempty"` // digest of the credential
+	Peer       string     `json:"peer,omitempty"`       // network address of who asked
+	Source     Source     `json:"source,omitempty"`
+	Instance   string     `json:"instance,omitempty"`
+	SPIFFEID   string     `json:"spiffe_id,omitempty"`
+	Serial     string     `json:"serial,omitempty"`
+	Authority  string     `json:"authority,omitempty"` // ID of the issuer
+	Epoch      int64      `json:"epoch,omitempty"`     // of the issuer
+	NotBefore  *time.Time `json:"not_before,omitempty"`
+	NotAfter   *time.Time `json:"not_after,omitempty"`
+	Key        string     `json:"key,omitempty"` // thumbprint of the certified key
+	Reason     string     `json:"reason,omitempty"`
+	// Suppressed counts earlier refusals that were too many to be written one by one.
+	Suppressed uint64 `json:"suppressed,omitempty"`
+	Previous   string `json:"prev"` // hash of the line before; set by Append
+}
+
+// Audit records what the authority does. An error means that nothing may be issued.
+type Audit interface {
+	Append(AuditEntry) error
+}
+
+// maxAuditText bounds the texts of a line that a caller may influence.
+const maxAuditText = 1024
+
+// auditGenesis is what the first line of a log calls the line before it.
+var auditGenesis = hex.EncodeToString(make([]byte, sha256.Size))
+
+// AuditLog is an Audit in a file: JSON lines, each with the hash of the one before, appended and never changed.
+// One process writes a log. Lines are with the operating system when Append returns; Sync brings them to disk.
+type AuditLog struct {
+	mu      sync.Mutex
+	file    *os.File
+	replica string
+	clock   func() time.Time
+	head    AuditHead
+	failed  error // a line may be half written; nothing may follow it
+}
+
+var _ Audit = (*AuditLog)(nil)
+
+// AuditHead is the last line of a log: keep it elsewhere to notice a log that was cut short.
+type AuditHead struct {
+	Sequence uint64 // 0: empty
+	Hash     string
+}
+
+// OpenAudit opens the log at path, or begins it. The replica's name is part of every line. A last line that a
+// crash left incomplete is cut off, and the line that is then written says so.
+func OpenAudit(path, replica string, clock func() time.Time) (*AuditLog, error) {
+	if clock == nil {
+		clock = time.Now
+	}
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return nil, fmt.Errorf("audit log: %w", err)
+	}
+	file, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR|os.O_APPEND, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("audit log: %w", err)
+	}
+	if err := syscall.Flock(int(file.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		file.Close()
+		return nil, fmt.Errorf("audit log %s: another process writes it: %w", path, err)
+	}
+	l := &AuditLog{file: file, replica: replica, clock: clock}
+	cut, err := l.resume()
+	if err != nil {
+		file.Close()
+		return nil, fmt.Errorf("audit log %s: %w", path, err)
+	}
+	began := AuditEntry{Event: AuditBegan}
+	if cut > 0 {
+		began.Reason = fmt.Sprintf("the last line was incomplete: %d bytes cut off", cut)
+	}
+	if err := l.Append(began); err != nil {
+		file.Close()
+		return nil, err
+	}
+	return l, nil
+}
+
+// resume finds the last complete line, cuts off what follows it, and takes up the chain.
+func (l *AuditLog) resume() (cut int64, err error) {
+	l.head = AuditHead{Hash: auditGenesis}
+	size, err := l.file.Seek(0, io.SeekEnd)
+	if err != nil {
+		return 0, err
+	}
+	const most = 64 << 10 // no line is as long as this
+	tail := make([]byte, min(size, most))
+	if _, err := l.file.ReadAt(tail, size-int64(len(tail))); err != nil {
+		return 0, err
+	}
+	end := bytes.LastIndexByte(tail, '\n') + 1
+	if end == 0 && size > int64(len(tail)) {
+		return 0, fmt.Errorf("its last line is longer than %d bytes", most)
+	}
+	if cut = int64(len(tail) - end); cut > 0 {
+		if err := l.file.Truncate(size - cut); err != nil {
+			return 0, err
+		}
+	}
+	if end == 0 {
+		return cut, nil
+	}
+	line := tail[bytes.LastIndexByte(tail[:end-1], '\n')+1 : end-1]
+	entry, hash, err := parseAuditLine(line)
+	if err != nil {
+		return 0, fmt.Errorf("its last line: %w", err)
+	}
+	l.head = AuditHead{Sequence: entry.Sequence, Hash: hash}
+	return cut, nil
+}
+
+// Append implements Audit. Errors wrap ErrAudit.
+func (l *AuditLog) Append(e AuditEntry) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.failed != nil {
+		return fmt.Errorf("%w: since an earlier failure: %w", ErrAudit, l.failed)
+	}
+	e.Sequence, e.Previous, e.Replica = l.head.Sequence+1, l.head.Hash, l.replica
+	if e.Time.IsZero() {
+		e.Time = l.clock()
+	}
+	e.Time = e.Time.UTC()
+	e.Reason, e.Instance, e.SPIFFEID = cutText(e.Reason), cutText(e.Instance), cutText(e.SPIFFEID)
+	e.Source, e.Peer = Source(cutText(string(e.Source))), cutText(e.Peer)
+	content, err := json.Marshal(e)
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrAudit, err)
+	}
+	line, hash := sealAuditLine(content)
+	if n, err := l.file.Write(line); err != nil {
+		if n > 0 && l.undo(int64(n)) != nil {
+			l.failed = err
+		}
+		return fmt.Errorf("%w: %w", ErrAudit, err)
+	}
+	l.head = AuditHead{Sequence: e.Sequence, Hash: hash}
+	return nil
+}
+
+// undo takes back a line that was written in part, as on a full disk.
+func (l *AuditLog) undo(n int64) error {
+	size, err := l.file.Seek(0, io.SeekEnd)
+	if err != nil {
+		return err
+	}
+	return l.file.Truncate(size - n)
+}
+
+// Head is the last line that was written.
+func (l *AuditLog) Head() AuditHead {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.head
+}
+
+// Sync brings every line to disk.
+func (l *AuditLog) Sync() error { return l.file.Sync() }
+
+// Close syncs and closes the log; Append fails from then on.
+func (l *AuditLog) Close() error { return errors.Join(l.file.Sync(), l.file.Close()) }
+
+func cutText(s string) string {
+	if len(s) > maxAuditText {
+		return s[:maxAuditText]
+	}
+	return s
+}
+
+// auditHashField opens the last field of a line, which is the hash of everything before it.
+const auditHashField = `,"hash":"`
+
+// sealAuditLine turns {…} into {…,"hash":"<SHA-256 of the former>"} and a newline.
+func sealAuditLine(content []byte) (line []byte, hash string) {
+	hash = digest(content)
+	line = append(line, content[:len(content)-1]...)
+	line = append(line, auditHashField+hash+"\"}\n"...)
+	return line, hash
+}
+
+// parseAuditLine checks the hash of one line, without its newline.
+func parseAuditLine(line []byte) (AuditEntry, string, error) {
+	const tail = len(auditHashField) + 2*sha256.Size + len(`"}`)
+	var e AuditEntry
+	if len(line) < tail+1 {
+		return e, "", errors.New("too short")
+	}
+	cut := len(line) - tail
+	field, ok := bytes.CutPrefix(line[cut:], []byte(auditHashField))
+	if !ok || !bytes.HasSuffix(field, []byte(`"}`)) {
+		return e, "", errors.New("does not end with its hash")
+	}
+	hash := string(field[:2*sha256.Size])
+	content := append(bytes.Clone(line[:cut]), '}')
+	if digest(content) != hash {
+		return e, "", errors.New("its content does not match its hash")
+	}
+	if err := json.Unmarshal(content, &e); err != nil {
+		return e, "", err
+	}
+	return e, hash, nil
+}
+
+// VerifyAudit reads a log from its beginning and reports the first line that was changed, inserted, removed or
+// exchanged. A log that was cut short at its end is noticed by comparing the head with one that was kept.
+func VerifyAudit(r io.Reader) (AuditHead, error) {
+	return ReadAudit(r, func(AuditEntry) error { return nil })
+}
+
+// ReadAudit is VerifyAudit that shows each line once it is verified. An error of show ends the reading.
+func ReadAudit(r io.Reader, show func(AuditEntry) error) (AuditHead, error) {
+	head := AuditHead{Hash: auditGenesis}
+	lines := bufio.NewScanner(r)
+	lines.Buffer(nil, 64<<10)
+	for lines.Scan() {
+		entry, hash, err := parseAuditLine(lines.Bytes())
+		switch {
+		case err != nil:
+			return head, fmt.Errorf("audit line %d: %w", head.Sequence+1, err)
+		case entry.Sequence != head.Sequence+1:
+			return head, fmt.Errorf("audit line %d: it calls itself %d", head.Sequence+1, entry.Sequence)
+		case entry.Previous != head.Hash:
+			return head, fmt.Errorf("audit line %d: it does not follow the line before it", entry.Sequence)
+		}
+		head = AuditHead{Sequence: entry.Sequence, Hash: hash}
+		if err := show(entry); err != nil {
+			return head, err
+		}
+	}
+	if err := lines.Err(); err != nil {
+		return head, fmt.Errorf("audit line %d: %w", head.Sequence+1, err)
+	}
+	return head, nil
+}

@@ -1,0 +1,207 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package ca
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+)
+
+// successorRetry is the least time between two attempts to replace an issuer that grows old.
+const successorRetry = time.Minute
+
+// makeRoot creates the root unless another replica has.
+func (a *Authority) makeRoot(ctx context.Context) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	now := a.cfg.Clock()
+	signer, stored, err := a.cfg.Keys.Generate(ctx, recordKey(ScopeRoot))
+	if err != nil {
+		return err
+	}
+	template := rootTemplate(a.cfg.TrustDomain, newSerial(), now.Add(-a.cfg.Backdate), now.Add(a.cfg.RootLifetime))
+	spki, err := publicBytes(signer)
+	if err != nil {
+		return err
+	}
+	template.SubjectKeyId = keyIdentifier(spki)
+	cert, err := sign(template, template, signer.Public(), signer)
+	if err != nil {
+		return fmt.Errorf("root of %s: %w", a.cfg.TrustDomain, err)
+	}
+	r := record{
+		Scope: ScopeRoot, Epoch: 1, Sequence: sequenceFloor(now),
+		Issuers: []issuerRecord{{ID: authorityID(cert), Phase: PhaseActive, Epoch: 1, Since: now.UTC(), Certificate: cert.Raw, Key: stored}},
+	}
+	err = a.writeLocked(ctx, r, 0, "root made")
+	if err != nil && !errors.Is(err, ErrExists) {
+		return err
+	}
+	return a.refreshLocked(ctx)
+}
+
+// sequenceFloor makes sequences rise also after a backup was restored that knows nothing of the last ones.
+func sequenceFloor(now time.Time) uint64 { return uint64(max(now.Unix(), 1)) }
+
+// RaiseSequence gives the bundle a higher sequence than any it can have had. To be called after a restore.
+func (a *Authority) RaiseSequence(ctx context.Context) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for {
+		if err := a.refreshLocked(ctx); err != nil {
+			return err
+		}
+		root := a.view.Load().scopes[ScopeRoot]
+		r := root.record.next()
+		r.Sequence = max(r.Sequence+1, sequenceFloor(a.cfg.Clock()))
+		err := a.writeLocked(ctx, r, root.version, "sequence of the bundle raised")
+		if errors.Is(err, ErrChanged) {
+			continue
+		}
+		return errors.Join(err, a.refreshLocked(ctx))
+	}
+}
+
+// writeLocked is the one way a record gets into the state; a version of 0 creates it. The audit log comes
+// first: an authority that nobody can account for must not exist.
+func (a *Authority) writeLocked(ctx context.Context, r record, version Version, why string) error {
+	value, err := encodeRecord(r, a.cfg.Sealer)
+	if err != nil {
+		return err
+	}
+	entry := AuditEntry{Event: AuditAuthority, Epoch: r.Epoch, Reason: r.Scope + ": " + why}
+	if at := r.active(); at >= 0 {
+		entry.Authority = r.Issuers[at].ID
+	}
+	if err := a.cfg.Audit.Append(entry); err != nil {
+		return err
+	}
+	if version == 0 {
+		_, err = a.cfg.State.Create(ctx, recordKey(r.Scope), value)
+	} else {
+		_, err = a.cfg.State.Replace(ctx, recordKey(r.Scope), value, version)
+	}
+	if err != nil && !errors.Is(err, ErrExists) && !errors.Is(err, ErrChanged) {
+		return unavailable(err)
+	}
+	if err == nil {
+		a.cfg.Log.Info("authority changed", "scope", r.Scope, "epoch", r.Epoch, "authority", entry.Authority, "why", why)
+	}
+	return err
+}
+
+// issuerFor gives the active intermediate of a source, and makes it when there is none or when it grows old.
+func (a *Authority) issuerFor(ctx context.Context, source Source) (*issuer, error) {
+	now := a.cfg.Clock()
+	current := a.view.Load().scopes[string(source)].issuer
+	if current != nil && !a.aged(current, now) {
+		return current, nil
+	}
+	fresh, err := a.makeIntermediate(ctx, source)
+	if err == nil {
+		return fresh, nil
+	}
+	if current != nil && now.Add(a.cfg.MinLifetime).Before(current.cert.NotAfter) {
+		return current, nil // it still can; the reason was logged
+	}
+	return nil, err
+}
+
+// aged tells whether an issuer is in the last quarter of its life, or too old for a whole leaf, and could be
+// replaced by one that lives longer.
+func (a *Authority) aged(i *issuer, now time.Time) bool {
+	end := i.cert.NotAfter
+	if !a.intermediateEnd(now).After(end.Add(successorRetry)) {
+		return false
+	}
+	return now.After(end.Add(-end.Sub(i.cert.NotBefore)/4)) || now.Add(a.cfg.Lifetime).After(end)
+}
+
+// intermediateEnd is when an intermediate made now ends: never after the root.
+func (a *Authority) intermediateEnd(now time.Time) time.Time {
+	end := now.Add(a.cfg.IntermediateLifetime)
+	if root := a.view.Load().scopes[ScopeRoot].issuer; root != nil && end.After(root.cert.NotAfter) {
+		return root.cert.NotAfter
+	}
+	return end
+}
+
+// makeIntermediate makes the first or the next intermediate of a source. Replicas that do so at once agree on one.
+func (a *Authority) makeIntermediate(ctx context.Context, source Source) (*issuer, error) {
+	ctx, cancel := context.WithTimeout(ctx, refreshEvery/3)
+	defer cancel()
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	now := a.cfg.Clock()
+	have := a.view.Load().scopes[string(source)]
+	if have.issuer != nil && now.Before(a.tried[string(source)].Add(successorRetry)) {
+		return have.issuer, nil
+	}
+	a.tried[string(source)] = now
+	if err := a.refreshLocked(ctx); err != nil {
+		return nil, err
+	}
+	have = a.view.Load().scopes[string(source)]
+	switch {
+	case have.issuer != nil && !a.aged(have.issuer, now):
+		return have.issuer, nil
+	case have.issuer == nil && have.version != 0:
+		return nil, fmt.Errorf("%w: %s has no active issuer", ErrRevoked, source)
+	}
+	r, err := a.plannedIntermediate(ctx, source, have, now)
+	if err == nil {
+		err = a.writeLocked(ctx, r, have.version, "intermediate made")
+	}
+	if err != nil && !errors.Is(err, ErrExists) && !errors.Is(err, ErrChanged) {
+		a.cfg.Log.Error("intermediate not made", "source", source, "error", err)
+		return nil, err
+	}
+	if err := a.refreshLocked(ctx); err != nil {
+		return nil, err
+	}
+	if i := a.view.Load().scopes[string(source)].issuer; i != nil {
+		return i, nil
+	}
+	return nil, fmt.Errorf("%w: the authority record of %s is not usable, see meshd's log", ErrUnavailable, source)
+}
+
+// plannedIntermediate signs a new intermediate with the root and retires the old one, whose key goes.
+func (a *Authority) plannedIntermediate(ctx context.Context, source Source, have scope, now time.Time) (record, error) {
+	root := a.view.Load().scopes[ScopeRoot].issuer
+	if root == nil {
+		return record{}, fmt.Errorf("%w: no active root", ErrUnavailable)
+	}
+	signer, stored, err := a.cfg.Keys.Generate(ctx, recordKey(string(source)))
+	if err != nil {
+		return record{}, err
+	}
+	spki, err := publicBytes(signer)
+	if err != nil {
+		return record{}, err
+	}
+	template := intermediateTemplate(a.cfg.TrustDomain, source, newSerial(), now.Add(-a.cfg.Backdate), a.intermediateEnd(now))
+	template.SubjectKeyId = keyIdentifier(spki)
+	cert, err := sign(template, root.cert, signer.Public(), root.signer)
+	if err != nil {
+		return record{}, fmt.Errorf("intermediate of %s: %w", source, err)
+	}
+	r := have.record.next()
+	r.Scope = string(source)
+	r.Issuers = slices.DeleteFunc(r.Issuers, func(i issuerRecord) bool {
+		cert, err := x509.ParseCertificate(i.Certificate)
+		return err == nil && i.Phase == PhaseRetiring && now.After(cert.NotAfter.Add(a.cfg.Backdate))
+	})
+	for n := range r.Issuers {
+		if r.Issuers[n].Phase == PhaseActive {
+			r.Issuers[n].Phase, r.Issuers[n].Since, r.Issuers[n].Key = PhaseRetiring, now.UTC(), []byte{}
+		}
+	}
+	r.Issuers = append(r.Issuers, issuerRecord{
+		ID: authorityID(cert), Phase: PhaseActive, Epoch: r.Epoch, Since: now.UTC(), Certificate: cert.Raw, Key: stored,
+	})
+	return r, nil
+}

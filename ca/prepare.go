@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package ca
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"sync/atomic"
+	"time"
+)
+
+// preparedFor is how long a Prepared may wait for its signature.
+const preparedFor = 30 * time.Second
+
+// Credential is how the subject was proven. It decides nothing here; it ends up in the audit log.
+type Credential struct {
+	Method string // "kubernetes-token", "join-token", "certificate", …
+	Digest string // SHA-256 of the token or certificate, hexadecimal
+	Peer   string // network address of who asked, if known
+	Note   string // anything a reader of the log should know
+}
+
+// Request is a wish for a certificate, together with what was attested about who wishes.
+type Request struct {
+	// Subject is the attested identity. It, and not the CSR, says what the certificate will be for.
+	Subject    Subject
+	Credential Credential
+	// CSR is the certificate request in PEM or DER.
+	CSR []byte
+	// Lifetime that is wished for; zero for the default. It is clamped, never refused.
+	Lifetime time.Duration
+	// LifetimeLimit is the longest lifetime that the attestation is good for; zero for no further limit.
+	LifetimeLimit time.Duration
+	// AllowRSA accepts RSA keys, which Istio's agent may be configured to make.
+	AllowRSA bool
+	// DNSNames and Addresses become names of the certificate. Only for meshd's own, from its configuration.
+	DNSNames  []string
+	Addresses []netip.Addr
+}
+
+// Prepared is a certificate that has been decided on and not been signed. It is good for one signature, soon.
+// Only Prepare makes one; the zero value signs nothing.
+type Prepared struct{ p *prepared }
+
+type prepared struct {
+	by     *Authority
+	used   atomic.Bool
+	at     time.Time
+	plan   leafPlan
+	issuer *issuer
+	audit  AuditEntry
+}
+
+// SPIFFEID is the identity that was decided on, for logs.
+func (p Prepared) SPIFFEID() string {
+	if p.p == nil {
+		return ""
+	}
+	return p.p.plan.id.String()
+}
+
+// NotAfter is when the certificate will end.
+func (p Prepared) NotAfter() time.Time {
+	if p.p == nil {
+		return time.Time{}
+	}
+	return p.p.plan.notAfter
+}
+
+// Prepare decides what a request gets, or refuses it. A refusal is in the audit log when Prepare returns.
+func (a *Authority) Prepare(ctx context.Context, req Request) (Prepared, error) {
+	p, err := a.prepare(ctx, req)
+	if err != nil {
+		return Prepared{}, a.Refuse(req, err)
+	}
+	return Prepared{p}, nil
+}
+
+func (a *Authority) prepare(ctx context.Context, req Request) (*prepared, error) {
+	s := req.Subject
+	if err := s.Check(); err != nil {
+		return nil, err
+	}
+	id, err := s.ID(a.cfg.TrustDomain)
+	if err != nil {
+		return nil, err
+	}
+	if err := a.ready(ctx); err != nil {
+		return nil, err
+	}
+	if err := a.allowed(req); err != nil {
+		return nil, err
+	}
+	csr, err := ParseCSR(req.CSR)
+	if err != nil {
+		return nil, err
+	}
+	if csr.isRSA() && !req.AllowRSA {
+		return nil, fmt.Errorf("%w: RSA key; want ECDSA on P-256", ErrRequest)
+	}
+	if err := csr.checkNames(id.String(), req.DNSNames, req.Addresses); err != nil {
+		return nil, err
+	}
+	issuer, err := a.issuerFor(ctx, s.Source)
+	if err != nil {
+		return nil, err
+	}
+	plan := leafPlan{
+		subject: s, id: id, dns: req.DNSNames, ips: req.Addresses, publicKey: csr.publicKey, spki: csr.spki,
+	}
+	now := a.cfg.Clock()
+	if plan.notBefore, plan.notAfter, err = a.validity(req, issuer, now); err != nil {
+		return nil, err
+	}
+	return &prepared{by: a, at: now, plan: plan, issuer: issuer, audit: auditOf(req)}, nil
+}
+
+// allowed asks revocations and grants.
+func (a *Authority) allowed(req Request) error {
+	s := req.Subject
+	if err := a.Revoked(s.Source, s.Instance); err != nil {
+		return err
+	}
+	if s.Source == SourceMeshd {
+		if !s.reserved() {
+			return fmt.Errorf("%w: source meshd is %s/%s or %s, not %s/%s",
+				ErrNotGranted, ControlNamespace, ControlAccount, AdminAccount, s.Namespace, s.ServiceAccount)
+		}
+		return nil
+	}
+	if s.reserved() {
+		return fmt.Errorf("%w: %s/%s belongs to the control service", ErrNotGranted, s.Namespace, s.ServiceAccount)
+	}
+	if len(req.DNSNames)+len(req.Addresses) > 0 {
+		return fmt.Errorf("%w: %s gets no DNS names and addresses", ErrNotGranted, s.Source)
+	}
+	if a.cfg.Grants == nil {
+		return fmt.Errorf("%w: no grants are configured", ErrNotGranted)
+	}
+	if err := a.cfg.Grants.Allows(s.Source, s.Namespace, s.ServiceAccount); err != nil {
+		return fmt.Errorf("%w: %w", ErrNotGranted, err)
+	}
+	return nil
+}
+
+// validity clamps the lifetime: to what is wished, attested, configured, and left of the issuer.
+func (a *Authority) validity(req Request, i *issuer, now time.Time) (from, to time.Time, err error) {
+	longest, life := a.cfg.Lifetime, req.Lifetime
+	if req.Subject.Source == SourceMeshd && req.Subject.ServiceAccount == AdminAccount {
+		longest = a.cfg.AdminLifetime
+	}
+	if life <= 0 || life > longest {
+		life = longest
+	}
+	life = max(life, a.cfg.MinLifetime)
+	if req.LifetimeLimit > 0 {
+		life = min(life, req.LifetimeLimit)
+	}
+	// Certificates carry whole seconds. Those from before a lifted revocation are refused; this one is after.
+	from = now.Add(-a.cfg.Backdate).Truncate(time.Second)
+	if last := a.lastRevocation(req.Subject.Source, req.Subject.Instance); !from.After(last) {
+		from = last.Add(time.Second)
+	}
+	if from.Before(i.cert.NotBefore) {
+		from = i.cert.NotBefore
+	}
+	to = now.Add(life).Truncate(time.Second)
+	if to.After(i.cert.NotAfter) {
+		to = i.cert.NotAfter
+	}
+	if !to.After(now) || !to.After(from) {
+		return from, to, fmt.Errorf("%w: the issuer of %s ends at %s", ErrUnavailable, req.Subject.Source, i.cert.NotAfter.Format(time.RFC3339))
+	}
+	return from, to, nil
+}
+
+// Refuse records that a request was refused and gives back the cause, together with ErrAudit if it could not be
+// recorded. For what is refused before it comes to Prepare; the subject may be incomplete.
+func (a *Authority) Refuse(req Request, cause error) error {
+	e := auditOf(req)
+	e.Event = AuditRefused
+	e.Reason = cause.Error()
+	if req.Credential.Note != "" {
+		e.Reason += "; " + req.Credential.Note
+	}
+	if id, err := req.Subject.ID(a.cfg.TrustDomain); err == nil {
+		e.SPIFFEID = id.String()
+	}
+	return errors.Join(cause, a.cfg.Audit.Append(e))
+}
+
+func auditOf(req Request) AuditEntry {
+	return AuditEntry{
+		Method: req.Credential.Method, Credential: req.Credential.Digest, Peer: req.Credential.Peer, Reason: req.Credential.Note,
+		Source: req.Subject.Source, Instance: req.Subject.Instance,
+	}
+}

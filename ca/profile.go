@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package ca
+
+import (
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/sha256"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/hex"
+	"fmt"
+	"math/big"
+	"net"
+	"net/netip"
+	"net/url"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// leafPlan is everything a leaf will say, decided by Prepare.
+type leafPlan struct {
+	subject             Subject
+	id                  spiffeid.ID
+	dns                 []string
+	ips                 []netip.Addr
+	publicKey           any
+	spki                []byte
+	notBefore, notAfter time.Time
+}
+
+// template is the profile of leaves: the rules of X509-SVID. The organizational unit is the source,
+// the serial number of the subject is the instance, so that a renewal and a stream know the workload.
+func (p leafPlan) template(serial *big.Int) *x509.Certificate {
+	usage := x509.KeyUsageDigitalSignature
+	if _, ok := p.publicKey.(*rsa.PublicKey); ok {
+		usage |= x509.KeyUsageKeyEncipherment
+	}
+	var ips []net.IP
+	for _, addr := range p.ips {
+		ips = append(ips, addr.AsSlice())
+	}
+	return &x509.Certificate{
+		SerialNumber:          serial,
+		Subject:               pkix.Name{OrganizationalUnit: []string{string(p.subject.Source)}, SerialNumber: p.subject.Instance},
+		NotBefore:             p.notBefore,
+		NotAfter:              p.notAfter,
+		KeyUsage:              usage,
+		ExtKeyUsage:           []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
+		BasicConstraintsValid: true,
+		SubjectKeyId:          keyIdentifier(p.spki),
+		URIs:                  []*url.URL{p.id.URL()},
+		DNSNames:              p.dns,
+		IPAddresses:           ips,
+	}
+}
+
+// rootTemplate is the profile of roots: rules.
+func rootTemplate(td spiffeid.TrustDomain, serial *big.Int, notBefore, notAfter time.Time) *x509.Certificate {
+	return &x509.Certificate{
+		SerialNumber:          serial,
+		Subject:               pkix.Name{Organization: []string{"Isthmus"}, CommonName: "root of the mesh", SerialNumber: shortSerial(serial)},
+		NotBefore:             notBefore,
+		NotAfter:              notAfter,
+		KeyUsage:              x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
+		BasicConstraintsValid: true,
+		IsCA:                  true,
+		URIs:                  []*url.URL{{Scheme: "spiffe", Host: td.Name()}},
+	}
+}
+
+// intermediateTemplate is the profile of a source's issuer: no further authority below it, and no name outside
+// the trust domain.
+func intermediateTemplate(td spiffeid.TrustDomain, source Source, serial *big.Int, notBefore, notAfter time.Time) *x509.Certificate {
+	t := rootTemplate(td, serial, notBefore, notAfter)
+	t.Subject = pkix.Name{
+		Organization: []string{"Isthmus"}, OrganizationalUnit: []string{string(source)},
+		CommonName: "issuer of the mesh", SerialNumber: shortSerial(serial),
+	}
+	t.MaxPathLenZero = true
+	t.PermittedURIDomains = []string{td.Name()}
+	t.PermittedDNSDomainsCritical = true // of the whole extension
+	return t
+}
+
+// sign makes the certificate and reads it back.
+func sign(template, parent *x509.Certificate, public any, signer crypto.Signer) (*x509.Certificate, error) {
+	der, err := x509.CreateCertificate(rand.Reader, template, parent, public, signer)
+	if err != nil {
+		return nil, err
+	}
+	return x509.ParseCertificate(der)
+}
+
+// newSerial is 128 random bits, never zero.
+func newSerial() *big.Int {
+	for {
+		var b [16]byte
+		rand.Read(b[:])
+		if n := new(big.Int).SetBytes(b[:]); n.Sign() > 0 {
+			return n
+		}
+	}
+}
+
+// shortSerial makes the names of two authorities differ, for verifiers that look for issuers by name.
+func shortSerial(serial *big.Int) string { return fmt.Sprintf("%032x", serial)[:16] }
+
+// keyIdentifier is method 1 of RFC 7093: the leftmost 160 bits of SHA-256.
+func keyIdentifier(spki []byte) []byte {
+	sum := sha256.Sum256(spki)
+	return sum[:20]
+}
+
+// authorityID names an issuer: its subject key identifier in hexadecimal.
+func authorityID(cert *x509.Certificate) string { return hex.EncodeToString(cert.SubjectKeyId) }
+
+// serialText is how serial numbers are written everywhere.
+func serialText(n *big.Int) string { return fmt.Sprintf("%032x", n) }
+
+// lint makes a chain of every profile with throwaway keys and verifies it, so that a trust domain whose
+// certificates nobody could use (an IP address, for one) is refused at the start.
+func lint(td spiffeid.TrustDomain, now time.Time) error {
+	key := func() *ecdsa.PrivateKey {
+		k, _ := ecdsa.GenerateKey(elliptic.P256(), rand.Reader) // fails for unknown curves only
+		return k
+	}
+	rootKey, issuerKey, leafKey := key(), key(), key()
+	from, to := now.Add(-time.Minute), now.Add(time.Hour)
+	template := rootTemplate(td, newSerial(), from, to)
+	root, err := sign(template, template, rootKey.Public(), rootKey)
+	if err != nil {
+		return fmt.Errorf("trust domain %q: root: %w", td, err)
+	}
+	subject := Subject{Source: "kube:lint", Instance: "lint", Namespace: "lint", ServiceAccount: "lint"}
+	issuer, err := sign(intermediateTemplate(td, subject.Source, newSerial(), from, to), root, issuerKey.Public(), rootKey)
+	if err != nil {
+		return fmt.Errorf("trust domain %q: intermediate: %w", td, err)
+	}
+	id, err := subject.ID(td)
+	if err != nil {
+		return fmt.Errorf("trust domain %q: %w", td, err)
+	}
+	spki, err := x509.MarshalPKIXPublicKey(leafKey.Public())
+	if err != nil {
+		return err
+	}
+	plan := leafPlan{subject: subject, id: id, publicKey: leafKey.Public(), spki: spki, notBefore: from, notAfter: to}
+	leaf, err := sign(plan.template(newSerial()), issuer, leafKey.Public(), issuerKey)
+	if err != nil {
+		return fmt.Errorf("trust domain %q: leaf: %w", td, err)
+	}
+	pool := x509.NewCertPool()
+	pool.AddCert(root)
+	if _, err := VerifyChain(td, pool, now, []*x509.Certificate{leaf, issuer}); err != nil {
+		return fmt.Errorf("trust domain %q cannot be used in certificates: %w", td, err)
+	}
+	return nil
+}
