@@ -3890,7 +3890,9 @@ type OnboardVMResponse struct {
 	// "created", "reissued" (the VM existed and gets a new token).
 	Outcome string `protobuf:"bytes,7,opt,name=outcome,proto3" json:"outcome,omitempty"`
 	// PEM of the roots, with which the admin port can be verified.
-	Root          []byte `protobuf:"bytes,8,opt,name=root,proto3" json:"root,omitempty"`
+	Root []byte `protobuf:"bytes,8,opt,name=root,proto3" json:"root,omitempty"`
+	// The one line to paste on the machine; the token is not in it.
+	Line          string `protobuf:"bytes,9,opt,name=line,proto3" json:"line,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3979,6 +3981,13 @@ func (x *OnboardVMResponse) GetRoot() []byte {
 		return x.Root
 	}
 	return nil
+}
+
+func (x *OnboardVMResponse) GetLine() string {
+	if x != nil {
+		return x.Line
+	}
+	return ""
 }
 
 type ListVMsRequest struct {
@@ -4695,7 +4704,7 @@ const file_admin_proto_rawDesc = "" +
 	"\x10OnboardVMRequest\x12\x1e\n" +
 	"\x02vm\x18\x01 \x01(\v2\x0e.isthmus.v1.VMR\x02vm\x12@\n" +
 	"\x0etoken_lifetime\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\rtokenLifetime\x12\x17\n" +
-	"\adry_run\x18\x03 \x01(\bR\x06dryRun\"\x97\x02\n" +
+	"\adry_run\x18\x03 \x01(\bR\x06dryRun\"\xab\x02\n" +
 	"\x11OnboardVMResponse\x12\x1e\n" +
 	"\x02vm\x18\x01 \x01(\v2\x0e.isthmus.v1.VMR\x02vm\x12\x14\n" +
 	"\x05token\x18\x02 \x01(\tR\x05token\x12\x1d\n" +
@@ -4705,7 +4714,8 @@ const file_admin_proto_rawDesc = "" +
 	"\x10root_fingerprint\x18\x05 \x01(\tR\x0frootFingerprint\x12/\n" +
 	"\bfindings\x18\x06 \x03(\v2\x13.isthmus.v1.FindingR\bfindings\x12\x18\n" +
 	"\aoutcome\x18\a \x01(\tR\aoutcome\x12\x12\n" +
-	"\x04root\x18\b \x01(\fR\x04root\">\n" +
+	"\x04root\x18\b \x01(\fR\x04root\x12\x12\n" +
+	"\x04line\x18\t \x01(\tR\x04line\">\n" +
 	"\x0eListVMsRequest\x12\x18\n" +
 	"\anetwork\x18\x01 \x01(\tR\anetwork\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\"c\n" +
