@@ -46,14 +46,3 @@ const (
 	GatewayReady     = "GatewayReady"
 	SameCluster      = "SameCluster" // false: another cluster answers behind its address
 )
-
-// Grant is what a source is allowed to contribute and which identities it may host.
-// The zero Grant is the default: every namespace but kube-*.
-type Grant struct {
-	// Namespaces are names or globs with one trailing "*"; empty means all but kube-*.
-	Namespaces []string `json:"namespaces,omitempty"`
-
-	// ServiceAccounts are "namespace/name" with the same globs; empty means all accounts
-	// of the granted namespaces.
-	ServiceAccounts []string `json:"serviceAccounts,omitempty"`
-}

@@ -26,6 +26,10 @@ type Snapshot struct {
 
 	// Addresses are the virtual addresses by host name.
 	Addresses map[string]VirtualAddress
+
+	// Standing of the sources that are not fresh (see StalePolicy). It is not stored:
+	// ages live in memory, and a snapshot is taken anew when one crosses a limit.
+	Standing map[SourceID]Standing
 }
 
 // WorkloadKey is how a credential names a workload.

@@ -2,7 +2,14 @@
 
 package federation
 
-import "net/netip"
+import (
+	"cmp"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"strings"
+)
 
 // Scope says whose view: the proxies of one cluster on one network. Proxies of VMs have
 // no cluster: their scope's Cluster is empty.
@@ -20,8 +27,15 @@ type View struct {
 	Findings []Finding  // conflicts met while merging, for the services of this view
 
 	// Gateways are the ways into every other network, ready ones only, addresses with
-	// host names as they are.
+	// host names as they are; those of the own network are there too, for who needs them.
 	Gateways map[Network][]GatewayAddress
+
+	// Region is where the proxies of the scope are: the commonest one of the own
+	// cluster's endpoints (of the own network's, for VMs). Empty if unknown.
+	Region string
+
+	byName map[ServiceName]*Service
+	shape  shape
 }
 
 // Group is the hops of one priority and locality to the endpoints of a service's port.
@@ -40,14 +54,20 @@ type Hop struct {
 	Gateway bool   // speaks for a whole network, chosen by SNI
 	Mesh    bool   // expects mutual TLS; always true for gateways
 
-	// Of direct endpoints only.
+	// Of direct endpoints only. Health is Ready for a hop that gets traffic (also for a
+	// Terminating endpoint that is called because there is nothing better), else
+	// NotReady: it is there to be counted (see Split).
 	Health   Health
 	Workload string
 	Hostname string
 	Labels   map[string]string
+	Cluster  ClusterID
+	Account  string       // service account, without its namespace
+	Also     []netip.Addr // the endpoint's address of the other family, if any
 }
 
-// Service is a merged service as one scope sees it.
+// Service is a merged service as one scope sees it. Two views of the same scope share
+// the pointer of a service that did not change between them.
 type Service struct {
 	Name  ServiceName
 	Host  string
@@ -55,8 +75,13 @@ type Service struct {
 	Ports []Port
 
 	// Addresses a caller of this scope dials: the ClusterIPs of its own cluster's record,
-	// else the virtual address. Empty for a headless service of the own cluster.
+	// else the virtual address. Empty for a headless service of the own cluster, and
+	// while no virtual address has been allocated yet.
 	Addresses []netip.Addr
+
+	// AlsoAt are addresses that are still good, but no longer given out: the virtual
+	// address of a service that meanwhile has a ClusterIP here.
+	AlsoAt []netip.Addr
 
 	// Aliases are further host names with the same meaning (…svc.clusterset.local).
 	Aliases []string
@@ -68,17 +93,24 @@ type Service struct {
 	// Own tells that the scope's cluster itself has a record of this service.
 	Own bool
 
-	// Endpoints that may get traffic, own network and others. Endpoints of other networks
-	// carry no addresses here: only what is needed to weigh and select them.
+	// Endpoints of any health, own network and others. Endpoints of other networks carry
+	// no addresses here: only what is needed to weigh and select them.
 	Endpoints []ServiceEndpoint
 
 	// Accounts are the SPIFFE paths "ns/<namespace>/sa/<account>" that may answer, of all
-	// records that contribute endpoints, ordered.
+	// records that contribute endpoints, ordered. Endpoints that are not ready count: an
+	// account is here before its endpoint is called.
 	Accounts []string
 
-	// Pods are the named pods of a headless service that exists only elsewhere, or of
-	// clusterset names: each has an address and an SNI of its own.
+	// Pods are the pods with names of their own: the clusterset name of every pod with a
+	// host name, and the plain names of a headless service that exists only elsewhere.
 	Pods []NamedPod
+
+	records  []*Record // what it was merged from, to know when it must be merged again
+	virtual  VirtualAddress
+	findings []Finding
+	home     vote              // of its endpoints' regions, for View.Region
+	remote   map[Network]int // other networks' ready mesh endpoints
 }
 
 // ServiceEndpoint is an endpoint with where it came from.
@@ -90,19 +122,300 @@ type ServiceEndpoint struct {
 	// Direct tells that it is on the scope's own network; otherwise it is reached through
 	// the gateways of its network.
 	Direct bool
+
+	// Standing tells whether its source's word is still fresh.
+	Standing Standing
 }
 
 // NamedPod is one pod of a headless service under a name of its own.
 type NamedPod struct {
 	Host     string       // db-0.db.ns.svc.cluster.local, or db-0.<cluster>.db.ns.svc.clusterset.local
+	SNIHost  string       // always the latter: what gateways know the pod by
 	Address  []netip.Addr // virtual
+	Account  string       // "ns/<namespace>/sa/<account>", empty without a proxy
 	Endpoint ServiceEndpoint
+
+	virtual VirtualAddress
 }
 
-// Finding is something a person should know, with a stable code.
-type Finding struct {
-	Code     string // MESH2203, …
-	Severity string // "error", "warning"
-	Object   string // kind namespace/name @ source
-	Message  string // names field, value, and what would be right
+// vote is the commonest region of some endpoints and how many are there.
+type vote struct {
+	region string
+	n      int
+}
+
+// Port returns the port with that number.
+func (s *Service) Port(number uint32) (Port, bool) {
+	for _, p := range s.Ports {
+		if p.Number == number {
+			return p, true
+		}
+	}
+	return Port{}, false
+}
+
+// HeadlessHere tells that the service's name resolves to its pods' own addresses, which
+// are the Direct endpoints. It is false for a headless service that exists only elsewhere.
+func (s *Service) HeadlessHere() bool { return s.Type == Headless && s.Own }
+
+// VisibleTo tells whether a namespace may see the service by its ExportTo.
+func (s *Service) VisibleTo(namespace string) bool {
+	if len(s.ExportTo) == 0 {
+		return true
+	}
+	for _, to := range s.ExportTo {
+		switch to {
+		case "*", namespace:
+			return true
+		case ".":
+			if namespace == s.Name.Namespace {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// View computes what the proxies of a scope should see.
+func (s *Snapshot) View(scope Scope) *View { return s.ViewFrom(nil, scope) }
+
+// ViewFrom is View, sharing with an earlier view of the same scope every service that did
+// not change since: one endpoint's change merges one service. A nil or foreign prev costs
+// a full computation.
+func (s *Snapshot) ViewFrom(prev *View, scope Scope) *View {
+	v := &View{Scope: scope, Revision: s.Revision, shape: s.shape(scope)}
+	if prev != nil && !prev.shape.equal(v.shape) {
+		prev = nil
+	}
+	m := newMerger(s, scope)
+	v.Services = make([]*Service, 0, len(s.Records))
+	v.byName = make(map[ServiceName]*Service, len(s.Records))
+	for name, records := range s.Records {
+		var svc *Service
+		if prev != nil {
+			svc = prev.byName[name]
+		}
+		if svc == nil || !svc.current(s, records) {
+			svc = m.merge(name, records)
+		}
+		if svc != nil {
+			v.Services = append(v.Services, svc)
+			v.byName[name] = svc
+		}
+	}
+	v.order(prev)
+	v.Gateways = s.waysIn()
+	v.Region = v.region()
+	v.Findings = v.collect()
+	return v
+}
+
+// Service returns the service with that name.
+func (v *View) Service(name ServiceName) (*Service, bool) {
+	s, ok := v.byName[name]
+	return s, ok
+}
+
+// Changed are the names of the services that differ between two views of one scope,
+// ordered; also those that came or went.
+func (v *View) Changed(prev *View) []ServiceName {
+	var out []ServiceName
+	for name, svc := range v.byName {
+		if prev == nil || prev.byName[name] != svc {
+			out = append(out, name)
+		}
+	}
+	if prev != nil {
+		for name := range prev.byName {
+			if _, ok := v.byName[name]; !ok {
+				out = append(out, name)
+			}
+		}
+	}
+	slices.SortFunc(out, ServiceName.Compare)
+	return out
+}
+
+// SameRoads tells whether gateways and region are as in prev: if so, the groups of every
+// service whose pointer is the same are the same too.
+func (v *View) SameRoads(prev *View) bool {
+	return prev != nil && v.Region == prev.Region &&
+		maps.EqualFunc(v.Gateways, prev.Gateways, slices.Equal[[]GatewayAddress])
+}
+
+// current tells whether merging these records again would give the same service.
+func (s *Service) current(snapshot *Snapshot, records []*Record) bool {
+	if !slices.Equal(s.records, records) || snapshot.Addresses[s.Host] != s.virtual {
+		return false
+	}
+	for i := range s.Pods {
+		if snapshot.Addresses[s.Pods[i].Host] != s.Pods[i].virtual {
+			return false
+		}
+	}
+	return true
+}
+
+// order sorts the services by name; after a view of the same names, without comparing.
+func (v *View) order(prev *View) {
+	if prev != nil && len(prev.Services) == len(v.Services) {
+		same := true
+		for i, old := range prev.Services {
+			svc, ok := v.byName[old.Name]
+			if !ok {
+				same = false
+				break
+			}
+			v.Services[i] = svc
+		}
+		if same {
+			return
+		}
+		v.Services = slices.Collect(maps.Values(v.byName))
+	}
+	slices.SortFunc(v.Services, func(a, b *Service) int { return a.Name.Compare(b.Name) })
+}
+
+// waysIn are the addresses of the ready gateways by network. Gateways of a draining
+// cluster count only where there are no others.
+func (s *Snapshot) waysIn() map[Network][]GatewayAddress {
+	out := make(map[Network][]GatewayAddress, len(s.Gateways))
+	for network, list := range s.Gateways {
+		var staying, leaving []GatewayAddress
+		for _, g := range list {
+			if g.Ready == 0 || !s.AdmitsGateway(g) {
+				continue
+			}
+			if s.draining(g.Source) {
+				leaving = append(leaving, g.reachable()...)
+			} else {
+				staying = append(staying, g.reachable()...)
+			}
+		}
+		if len(staying) == 0 {
+			staying = leaving
+		}
+		if len(staying) == 0 {
+			continue
+		}
+		slices.SortFunc(staying, GatewayAddress.Compare)
+		out[network] = slices.Compact(staying)
+	}
+	return out
+}
+
+// reachable are its IP addresses, else its host names.
+func (g *Gateway) reachable() []GatewayAddress {
+	ips := filter(g.Addresses, func(a GatewayAddress) bool {
+		_, err := netip.ParseAddr(a.Host)
+		return err == nil
+	})
+	if len(ips) > 0 {
+		return ips
+	}
+	return g.Addresses
+}
+
+// Compare orders by host, then port.
+func (a GatewayAddress) Compare(o GatewayAddress) int {
+	return cmp.Or(cmp.Compare(a.Host, o.Host), cmp.Compare(a.Port, o.Port))
+}
+
+// sum keeps what views need to know of all services, so that they need not look at every
+// endpoint again.
+func (s *Service) sum(m *merger) {
+	regions := map[string]int{}
+	for i := range s.Endpoints {
+		e := &s.Endpoints[i]
+		if m.isHome(e) && e.Locality.Region != "" {
+			regions[e.Locality.Region]++
+		}
+		if !e.Direct && e.Mesh && e.Health == Ready {
+			if s.remote == nil {
+				s.remote = map[Network]int{}
+			}
+			s.remote[e.Network]++
+		}
+	}
+	s.home = winner(regions)
+}
+
+// isHome tells whether the endpoint stands where the scope's proxies stand.
+func (m *merger) isHome(e *ServiceEndpoint) bool {
+	if m.scope.Cluster == "" {
+		return e.Direct
+	}
+	return e.Cluster == m.scope.Cluster
+}
+
+func winner(regions map[string]int) vote {
+	var best vote
+	for region, n := range regions {
+		if n > best.n || n == best.n && region < best.region {
+			best = vote{region, n}
+		}
+	}
+	return best
+}
+
+func (v *View) region() string {
+	regions := map[string]int{}
+	for _, s := range v.Services {
+		if s.home.n > 0 {
+			regions[s.home.region] += s.home.n
+		}
+	}
+	return winner(regions).region
+}
+
+// collect gathers the services' findings, and names the networks that have endpoints but
+// no way in.
+func (v *View) collect() []Finding {
+	var out []Finding
+	dark := map[Network][]string{}
+	for _, s := range v.Services {
+		out = append(out, s.findings...)
+		for network := range s.remote {
+			if len(v.Gateways[network]) == 0 {
+				dark[network] = append(dark[network], s.Name.String())
+			}
+		}
+	}
+	for network, names := range dark {
+		shown := names[:min(3, len(names))]
+		out = append(out, Finding{
+			Code: CodeNetworkNoGateway, Severity: SeverityWarning, Object: "Network " + string(network),
+			Message: fmt.Sprintf("has no ready gateway with an address, so its endpoints of %d services (%s, …) cannot be called from network %s; install an east-west gateway there",
+				len(names), strings.Join(shown, ", "), v.Scope.Network),
+		})
+	}
+	return sortFindings(out)
+}
+
+// shape is what every service of a view depends on, beside its own records.
+type shape struct {
+	scope    Scope
+	clusters map[ClusterID]member
+	standing map[SourceID]Standing
+}
+
+type member struct {
+	name     string
+	draining bool
+	grant    Grant
+}
+
+func (s *Snapshot) shape(scope Scope) shape {
+	out := shape{scope: scope, clusters: make(map[ClusterID]member, len(s.Clusters)), standing: s.Standing}
+	for id, c := range s.Clusters {
+		out.clusters[id] = member{c.Name, c.Draining, c.Grant}
+	}
+	return out
+}
+
+func (a shape) equal(b shape) bool {
+	return a.scope == b.scope && maps.Equal(a.standing, b.standing) &&
+		maps.EqualFunc(a.clusters, b.clusters, func(x, y member) bool {
+			return x.name == y.name && x.draining == y.draining && x.grant.Equal(y.grant)
+		})
 }
