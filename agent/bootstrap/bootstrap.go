@@ -13,7 +13,6 @@ import (
 
 	bootstrapv3 "github.com/envoyproxy/go-control-plane/envoy/config/bootstrap/v3"
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
-	metricsv3 "github.com/envoyproxy/go-control-plane/envoy/config/metrics/v3"
 	overloadv3 "github.com/envoyproxy/go-control-plane/envoy/config/overload/v3"
 	downstreamv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/resource_monitors/downstream_connections/v3"
 	"google.golang.org/protobuf/encoding/protojson"
@@ -121,12 +120,11 @@ func (c *Config) Build() (*bootstrapv3.Bootstrap, error) {
 			Metadata: metadata,
 			Locality: &corev3.Locality{Region: c.Region, Zone: c.Zone, SubZone: c.SubZone},
 		},
-		Admin:            &bootstrapv3.Admin{Address: address("127.0.0.1", orDefault(c.AdminPort, AdminPort))},
-		DynamicResources: dynamicResources(),
-		StaticResources:  &bootstrapv3.Bootstrap_StaticResources{Clusters: clusters, Listeners: stats},
-		OverloadManager:  overload,
-		StatsConfig:      &metricsv3.StatsConfig{},
-		StatsFlush:       &bootstrapv3.Bootstrap_StatsFlushInterval{StatsFlushInterval: durationpb.New(10 * time.Second)},
+		Admin:              &bootstrapv3.Admin{Address: address("127.0.0.1", orDefault(c.AdminPort, AdminPort))},
+		DynamicResources:   dynamicResources(),
+		StaticResources:    &bootstrapv3.Bootstrap_StaticResources{Clusters: clusters, Listeners: stats},
+		OverloadManager:    overload,
+		StatsFlushInterval: durationpb.New(10 * time.Second),
 	}, nil
 }
 
