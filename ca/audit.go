@@ -47,9 +47,7 @@ type AuditEntry struct {
 	NotAfter   *time.Time `json:"not_after,omitempty"`
 	Key        string     `json:"key,omitempty"` // thumbprint of the certified key
 	Reason     string     `json:"reason,omitempty"`
-	// Suppressed counts earlier refusals that were too many to be written one by one.
-	Suppressed uint64 `json:"suppressed,omitempty"`
-	Previous   string `json:"prev"` // hash of the line before; set by Append
+	Previous   string     `json:"prev"` // hash of the line before; set by Append
 }
 
 // Audit records what the authority does. An error means that nothing may be issued.

@@ -32,6 +32,8 @@ var (
 	ErrUnavailable = errors.New("authority not available")
 	// ErrAudit: the audit log cannot be written, so nothing is issued. Try again.
 	ErrAudit = errors.New("audit log not writable")
+	// ErrJoinToken: the join token is malformed, unknown, expired or spent.
+	ErrJoinToken = errors.New("join token not accepted")
 	// ErrSpent: the Prepared was used before, is too old, or was never prepared.
 	ErrSpent = errors.New("prepared certificate not usable")
 )

@@ -61,6 +61,14 @@ func (p Prepared) SPIFFEID() string {
 	return p.p.plan.id.String()
 }
 
+// KeyThumbprint is the SHA-256 of the public key that will be certified, in hexadecimal.
+func (p Prepared) KeyThumbprint() string {
+	if p.p == nil {
+		return ""
+	}
+	return digest(p.p.plan.spki)
+}
+
 // NotAfter is when the certificate will end.
 func (p Prepared) NotAfter() time.Time {
 	if p.p == nil {
