@@ -23,6 +23,9 @@ type Cluster struct {
 	Joined    time.Time   `json:"joined"`
 	Grant     Grant       `json:"grant"`
 
+	// Ranges are what is known of its addresses, for findings only.
+	Ranges AddressRanges `json:"ranges,omitzero"`
+
 	// Draining clusters keep their proxies, but contribute no endpoints to others.
 	Draining bool `json:"draining,omitempty"`
 

@@ -271,7 +271,7 @@ func (m *merger) namePods(svc *Service, seen []*Record) {
 		cluster := m.snapshot.Clusters[id].Name
 		for i := range r.Endpoints {
 			e := ServiceEndpoint{Endpoint: r.Endpoints[i], Source: r.Source, Cluster: id, Standing: m.standing(r.Source)}
-			if e.Hostname == "" || !grant.AllowsIdentity(r.Name.Namespace, e.ServiceAccount) {
+			if !isLabel(e.Hostname) || !grant.AllowsIdentity(r.Name.Namespace, e.ServiceAccount) {
 				continue
 			}
 			e.Direct = e.Network == m.scope.Network
@@ -288,7 +288,7 @@ func (m *merger) namePods(svc *Service, seen []*Record) {
 }
 
 func (m *merger) namePod(svc *Service, e ServiceEndpoint, cluster string) {
-	sni := e.Hostname + "." + cluster + "." + svc.Name.clustersetHost()
+	sni := podHost(e.Hostname, cluster, svc.Name)
 	hosts := []string{sni}
 	if !svc.Own {
 		// Several clusters may have a db-0: the plain name is the oldest record's.

@@ -26,13 +26,19 @@ func VMSource(n Network) SourceID { return SourceID("vm:" + string(n)) }
 // Cluster is the cluster of a "kube:" source; false for every other kind.
 func (s SourceID) Cluster() (ClusterID, bool) {
 	id, ok := strings.CutPrefix(string(s), "kube:")
-	return ClusterID(id), ok
+	if !ok {
+		return "", false
+	}
+	return ClusterID(id), true
 }
 
 // VMNetwork is the network of a "vm:" source; false for every other kind.
 func (s SourceID) VMNetwork() (Network, bool) {
 	n, ok := strings.CutPrefix(string(s), "vm:")
-	return Network(n), ok
+	if !ok {
+		return "", false
+	}
+	return Network(n), true
 }
 
 // ServiceName is the key of sameness: services of the same namespace and name in all

@@ -57,6 +57,7 @@ type Query struct {
 
 // WeightKey is what one remote weight belongs to.
 type WeightKey struct {
+	Scope   Scope
 	Service ServiceName
 	Port    uint32
 	Subset  string
@@ -91,11 +92,11 @@ func (v *View) Split(q Query) []Group {
 	return p.groups()
 }
 
-// choose are the endpoints of the query that could ever be called from here.
+// choose are the endpoints of the query that can be called from here.
 func (v *View) choose(q Query) []*ServiceEndpoint {
 	if q.Pod != nil {
 		e := &q.Pod.Endpoint
-		if _, ok := e.TargetPorts[q.Port]; !ok || !e.Direct && !e.Mesh {
+		if !v.reaches(e, q.Port) {
 			return nil
 		}
 		return []*ServiceEndpoint{e}
@@ -104,7 +105,7 @@ func (v *View) choose(q Query) []*ServiceEndpoint {
 	out := make([]*ServiceEndpoint, 0, len(list))
 	for i := range list {
 		e := &list[i]
-		if _, ok := e.TargetPorts[q.Port]; !ok || !e.Direct && !e.Mesh {
+		if !v.reaches(e, q.Port) {
 			continue
 		}
 		if q.Match != nil && !q.Match(e.Labels) {
@@ -113,6 +114,15 @@ func (v *View) choose(q Query) []*ServiceEndpoint {
 		out = append(out, e)
 	}
 	return withoutDrained(out)
+}
+
+// reaches tells whether there is a road to the endpoint: its own network's, or a gateway,
+// which passes mutual TLS only.
+func (v *View) reaches(e *ServiceEndpoint, port uint32) bool {
+	if _, ok := e.TargetPorts[port]; !ok {
+		return false
+	}
+	return e.Direct || e.Mesh && len(v.Gateways[e.Network]) > 0
 }
 
 // withoutDrained leaves out the endpoints of drained sources, unless nobody else has any
@@ -189,9 +199,6 @@ type remoteGroup struct {
 func (p *partition) place(e *ServiceEndpoint) {
 	if e.Direct {
 		p.placeDirect(e)
-		return
-	}
-	if len(p.view.Gateways[e.Network]) == 0 {
 		return
 	}
 	rank := p.rank(e)
@@ -276,7 +283,7 @@ func (p *partition) damp() {
 	}
 	for i := range p.remote {
 		g := &p.remote[i]
-		key := WeightKey{Service: p.query.Service.Name, Port: p.query.Port, Subset: p.query.Subset, Network: g.network, Stale: g.stale}
+		key := WeightKey{Scope: p.view.Scope, Service: p.query.Service.Name, Port: p.query.Port, Subset: p.query.Subset, Network: g.network, Stale: g.stale}
 		if w := p.query.Weigh(key, g.total); g.total > 0 {
 			g.total = max(1, w)
 		}

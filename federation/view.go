@@ -109,7 +109,7 @@ type Service struct {
 	records  []*Record // what it was merged from, to know when it must be merged again
 	virtual  VirtualAddress
 	findings []Finding
-	home     vote              // of its endpoints' regions, for View.Region
+	home     vote            // of its endpoints' regions, for View.Region
 	remote   map[Network]int // other networks' ready mesh endpoints
 }
 
