@@ -829,17 +829,16 @@ func (x *ClusterSpec) GetIssuerKeys() []byte {
 	return nil
 }
 
-// Grant says what a source may contribute. Entries are names with at most one
-// "*" at the end; an entry that starts with "!" takes away.
+// Grant says what a source may contribute and which identities it may host.
+// Entries are names or globs with one trailing "*".
 type Grant struct {
-	state      protoimpl.MessageState `protogen:"open.v1"`
-	Namespaces []string               `protobuf:"bytes,1,rep,name=namespaces,proto3" json:"namespaces,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Empty means all but kube-*.
+	Namespaces []string `protobuf:"bytes,1,rep,name=namespaces,proto3" json:"namespaces,omitempty"`
 	// "namespace/account"; empty means every account of the granted namespaces.
 	ServiceAccounts []string `protobuf:"bytes,2,rep,name=service_accounts,json=serviceAccounts,proto3" json:"service_accounts,omitempty"`
-	// Whether the source may run gateways of its network.
-	Gateways      bool `protobuf:"varint,3,opt,name=gateways,proto3" json:"gateways,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *Grant) Reset() {
@@ -884,13 +883,6 @@ func (x *Grant) GetServiceAccounts() []string {
 		return x.ServiceAccounts
 	}
 	return nil
-}
-
-func (x *Grant) GetGateways() bool {
-	if x != nil {
-		return x.Gateways
-	}
-	return false
 }
 
 // ClusterStatus is what meshd observes.
@@ -2848,12 +2840,13 @@ type Proxy struct {
 	Identity  string                 `protobuf:"bytes,8,opt,name=identity,proto3" json:"identity,omitempty"`
 	Connected *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=connected,proto3" json:"connected,omitempty"`
 	// The replica it is connected to.
-	Replica       string       `protobuf:"bytes,10,opt,name=replica,proto3" json:"replica,omitempty"`
-	Types         []*ProxyType `protobuf:"bytes,11,rep,name=types,proto3" json:"types,omitempty"`
-	AgentVersion  string       `protobuf:"bytes,12,opt,name=agent_version,json=agentVersion,proto3" json:"agent_version,omitempty"`
-	EnvoyVersion  string       `protobuf:"bytes,13,opt,name=envoy_version,json=envoyVersion,proto3" json:"envoy_version,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Replica            string                 `protobuf:"bytes,10,opt,name=replica,proto3" json:"replica,omitempty"`
+	Types              []*ProxyType           `protobuf:"bytes,11,rep,name=types,proto3" json:"types,omitempty"`
+	AgentVersion       string                 `protobuf:"bytes,12,opt,name=agent_version,json=agentVersion,proto3" json:"agent_version,omitempty"`
+	EnvoyVersion       string                 `protobuf:"bytes,13,opt,name=envoy_version,json=envoyVersion,proto3" json:"envoy_version,omitempty"`
+	CertificateExpires *timestamppb.Timestamp `protobuf:"bytes,14,opt,name=certificate_expires,json=certificateExpires,proto3" json:"certificate_expires,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
 }
 
 func (x *Proxy) Reset() {
@@ -2975,6 +2968,13 @@ func (x *Proxy) GetEnvoyVersion() string {
 		return x.EnvoyVersion
 	}
 	return ""
+}
+
+func (x *Proxy) GetCertificateExpires() *timestamppb.Timestamp {
+	if x != nil {
+		return x.CertificateExpires
+	}
+	return nil
 }
 
 // ProxyType is the state of one resource type on one proxy.
@@ -4447,13 +4447,12 @@ const file_admin_proto_rawDesc = "" +
 	"\x06issuer\x18\t \x01(\tR\x06issuer\x12\x1f\n" +
 	"\vissuer_keys\x18\n" +
 	" \x01(\fR\n" +
-	"issuerKeys\"n\n" +
+	"issuerKeys\"R\n" +
 	"\x05Grant\x12\x1e\n" +
 	"\n" +
 	"namespaces\x18\x01 \x03(\tR\n" +
 	"namespaces\x12)\n" +
-	"\x10service_accounts\x18\x02 \x03(\tR\x0fserviceAccounts\x12\x1a\n" +
-	"\bgateways\x18\x03 \x01(\bR\bgateways\"\x93\x04\n" +
+	"\x10service_accounts\x18\x02 \x03(\tR\x0fserviceAccounts\"\x93\x04\n" +
 	"\rClusterStatus\x12\x14\n" +
 	"\x05phase\x18\x01 \x01(\tR\x05phase\x125\n" +
 	"\n" +
@@ -4613,7 +4612,7 @@ const file_admin_proto_rawDesc = "" +
 	"\vapi_version\x18\x01 \x01(\tR\n" +
 	"apiVersion\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12'\n" +
-	"\x05items\x18\x03 \x03(\v2\x11.isthmus.v1.ProxyR\x05items\"\xb1\x03\n" +
+	"\x05items\x18\x03 \x03(\v2\x11.isthmus.v1.ProxyR\x05items\"\xfe\x03\n" +
 	"\x05Proxy\x12\x1f\n" +
 	"\vapi_version\x18\x01 \x01(\tR\n" +
 	"apiVersion\x12\x12\n" +
@@ -4629,7 +4628,8 @@ const file_admin_proto_rawDesc = "" +
 	" \x01(\tR\areplica\x12+\n" +
 	"\x05types\x18\v \x03(\v2\x15.isthmus.v1.ProxyTypeR\x05types\x12#\n" +
 	"\ragent_version\x18\f \x01(\tR\fagentVersion\x12#\n" +
-	"\renvoy_version\x18\r \x01(\tR\fenvoyVersion\"\xe3\x01\n" +
+	"\renvoy_version\x18\r \x01(\tR\fenvoyVersion\x12K\n" +
+	"\x13certificate_expires\x18\x0e \x01(\v2\x1a.google.protobuf.TimestampR\x12certificateExpires\"\xe3\x01\n" +
 	"\tProxyType\x12\x12\n" +
 	"\x04type\x18\x01 \x01(\tR\x04type\x12!\n" +
 	"\fsent_version\x18\x02 \x01(\tR\vsentVersion\x12#\n" +
@@ -4888,66 +4888,67 @@ var file_admin_proto_depIdxs = []int32{
 	0,  // 41: isthmus.v1.Proxy.metadata:type_name -> isthmus.v1.Metadata
 	59, // 42: isthmus.v1.Proxy.connected:type_name -> google.protobuf.Timestamp
 	38, // 43: isthmus.v1.Proxy.types:type_name -> isthmus.v1.ProxyType
-	59, // 44: isthmus.v1.ProxyType.since:type_name -> google.protobuf.Timestamp
-	41, // 45: isthmus.v1.ConfigObjectList.items:type_name -> isthmus.v1.ConfigObject
-	0,  // 46: isthmus.v1.ConfigObject.metadata:type_name -> isthmus.v1.Metadata
-	44, // 47: isthmus.v1.CheckReport.groups:type_name -> isthmus.v1.CheckGroup
-	2,  // 48: isthmus.v1.CheckGroup.findings:type_name -> isthmus.v1.Finding
-	0,  // 49: isthmus.v1.VM.metadata:type_name -> isthmus.v1.Metadata
-	46, // 50: isthmus.v1.VM.spec:type_name -> isthmus.v1.VMSpec
-	48, // 51: isthmus.v1.VM.status:type_name -> isthmus.v1.VMStatus
-	47, // 52: isthmus.v1.VMSpec.ports:type_name -> isthmus.v1.VMPort
-	1,  // 53: isthmus.v1.VMStatus.conditions:type_name -> isthmus.v1.Condition
-	59, // 54: isthmus.v1.VMStatus.token_expires:type_name -> google.protobuf.Timestamp
-	59, // 55: isthmus.v1.VMStatus.certificate_expires:type_name -> google.protobuf.Timestamp
-	59, // 56: isthmus.v1.VMStatus.last_report:type_name -> google.protobuf.Timestamp
-	45, // 57: isthmus.v1.OnboardVMRequest.vm:type_name -> isthmus.v1.VM
-	60, // 58: isthmus.v1.OnboardVMRequest.token_lifetime:type_name -> google.protobuf.Duration
-	45, // 59: isthmus.v1.OnboardVMResponse.vm:type_name -> isthmus.v1.VM
-	2,  // 60: isthmus.v1.OnboardVMResponse.findings:type_name -> isthmus.v1.Finding
-	45, // 61: isthmus.v1.VMList.items:type_name -> isthmus.v1.VM
-	45, // 62: isthmus.v1.OffboardVMResponse.vm:type_name -> isthmus.v1.VM
-	60, // 63: isthmus.v1.TailActivityRequest.since:type_name -> google.protobuf.Duration
-	59, // 64: isthmus.v1.Activity.time:type_name -> google.protobuf.Timestamp
-	4,  // 65: isthmus.v1.Admin.GetVersion:input_type -> isthmus.v1.GetVersionRequest
-	13, // 66: isthmus.v1.Admin.ListClusters:input_type -> isthmus.v1.ListClustersRequest
-	14, // 67: isthmus.v1.Admin.GetCluster:input_type -> isthmus.v1.GetClusterRequest
-	17, // 68: isthmus.v1.Admin.RegisterCluster:input_type -> isthmus.v1.RegisterClusterRequest
-	19, // 69: isthmus.v1.Admin.DescribeDeparture:input_type -> isthmus.v1.DescribeDepartureRequest
-	21, // 70: isthmus.v1.Admin.RemoveCluster:input_type -> isthmus.v1.RemoveClusterRequest
-	22, // 71: isthmus.v1.Admin.CheckReach:input_type -> isthmus.v1.CheckReachRequest
-	24, // 72: isthmus.v1.Admin.ProbePaths:input_type -> isthmus.v1.ProbePathsRequest
-	27, // 73: isthmus.v1.Admin.ListServices:input_type -> isthmus.v1.ListServicesRequest
-	32, // 74: isthmus.v1.Admin.ListEndpoints:input_type -> isthmus.v1.ListEndpointsRequest
-	35, // 75: isthmus.v1.Admin.ListProxies:input_type -> isthmus.v1.ListProxiesRequest
-	39, // 76: isthmus.v1.Admin.ListConfig:input_type -> isthmus.v1.ListConfigRequest
-	42, // 77: isthmus.v1.Admin.Check:input_type -> isthmus.v1.CheckRequest
-	49, // 78: isthmus.v1.Admin.OnboardVM:input_type -> isthmus.v1.OnboardVMRequest
-	51, // 79: isthmus.v1.Admin.ListVMs:input_type -> isthmus.v1.ListVMsRequest
-	53, // 80: isthmus.v1.Admin.OffboardVM:input_type -> isthmus.v1.OffboardVMRequest
-	55, // 81: isthmus.v1.Admin.TailActivity:input_type -> isthmus.v1.TailActivityRequest
-	5,  // 82: isthmus.v1.Admin.GetVersion:output_type -> isthmus.v1.VersionReport
-	15, // 83: isthmus.v1.Admin.ListClusters:output_type -> isthmus.v1.ClusterList
-	8,  // 84: isthmus.v1.Admin.GetCluster:output_type -> isthmus.v1.Cluster
-	18, // 85: isthmus.v1.Admin.RegisterCluster:output_type -> isthmus.v1.RegisterClusterResponse
-	20, // 86: isthmus.v1.Admin.DescribeDeparture:output_type -> isthmus.v1.Departure
-	3,  // 87: isthmus.v1.Admin.RemoveCluster:output_type -> isthmus.v1.Progress
-	23, // 88: isthmus.v1.Admin.CheckReach:output_type -> isthmus.v1.ReachReport
-	25, // 89: isthmus.v1.Admin.ProbePaths:output_type -> isthmus.v1.PathReport
-	28, // 90: isthmus.v1.Admin.ListServices:output_type -> isthmus.v1.ServiceList
-	33, // 91: isthmus.v1.Admin.ListEndpoints:output_type -> isthmus.v1.EndpointList
-	36, // 92: isthmus.v1.Admin.ListProxies:output_type -> isthmus.v1.ProxyList
-	40, // 93: isthmus.v1.Admin.ListConfig:output_type -> isthmus.v1.ConfigObjectList
-	43, // 94: isthmus.v1.Admin.Check:output_type -> isthmus.v1.CheckReport
-	50, // 95: isthmus.v1.Admin.OnboardVM:output_type -> isthmus.v1.OnboardVMResponse
-	52, // 96: isthmus.v1.Admin.ListVMs:output_type -> isthmus.v1.VMList
-	54, // 97: isthmus.v1.Admin.OffboardVM:output_type -> isthmus.v1.OffboardVMResponse
-	56, // 98: isthmus.v1.Admin.TailActivity:output_type -> isthmus.v1.Activity
-	82, // [82:99] is the sub-list for method output_type
-	65, // [65:82] is the sub-list for method input_type
-	65, // [65:65] is the sub-list for extension type_name
-	65, // [65:65] is the sub-list for extension extendee
-	0,  // [0:65] is the sub-list for field type_name
+	59, // 44: isthmus.v1.Proxy.certificate_expires:type_name -> google.protobuf.Timestamp
+	59, // 45: isthmus.v1.ProxyType.since:type_name -> google.protobuf.Timestamp
+	41, // 46: isthmus.v1.ConfigObjectList.items:type_name -> isthmus.v1.ConfigObject
+	0,  // 47: isthmus.v1.ConfigObject.metadata:type_name -> isthmus.v1.Metadata
+	44, // 48: isthmus.v1.CheckReport.groups:type_name -> isthmus.v1.CheckGroup
+	2,  // 49: isthmus.v1.CheckGroup.findings:type_name -> isthmus.v1.Finding
+	0,  // 50: isthmus.v1.VM.metadata:type_name -> isthmus.v1.Metadata
+	46, // 51: isthmus.v1.VM.spec:type_name -> isthmus.v1.VMSpec
+	48, // 52: isthmus.v1.VM.status:type_name -> isthmus.v1.VMStatus
+	47, // 53: isthmus.v1.VMSpec.ports:type_name -> isthmus.v1.VMPort
+	1,  // 54: isthmus.v1.VMStatus.conditions:type_name -> isthmus.v1.Condition
+	59, // 55: isthmus.v1.VMStatus.token_expires:type_name -> google.protobuf.Timestamp
+	59, // 56: isthmus.v1.VMStatus.certificate_expires:type_name -> google.protobuf.Timestamp
+	59, // 57: isthmus.v1.VMStatus.last_report:type_name -> google.protobuf.Timestamp
+	45, // 58: isthmus.v1.OnboardVMRequest.vm:type_name -> isthmus.v1.VM
+	60, // 59: isthmus.v1.OnboardVMRequest.token_lifetime:type_name -> google.protobuf.Duration
+	45, // 60: isthmus.v1.OnboardVMResponse.vm:type_name -> isthmus.v1.VM
+	2,  // 61: isthmus.v1.OnboardVMResponse.findings:type_name -> isthmus.v1.Finding
+	45, // 62: isthmus.v1.VMList.items:type_name -> isthmus.v1.VM
+	45, // 63: isthmus.v1.OffboardVMResponse.vm:type_name -> isthmus.v1.VM
+	60, // 64: isthmus.v1.TailActivityRequest.since:type_name -> google.protobuf.Duration
+	59, // 65: isthmus.v1.Activity.time:type_name -> google.protobuf.Timestamp
+	4,  // 66: isthmus.v1.Admin.GetVersion:input_type -> isthmus.v1.GetVersionRequest
+	13, // 67: isthmus.v1.Admin.ListClusters:input_type -> isthmus.v1.ListClustersRequest
+	14, // 68: isthmus.v1.Admin.GetCluster:input_type -> isthmus.v1.GetClusterRequest
+	17, // 69: isthmus.v1.Admin.RegisterCluster:input_type -> isthmus.v1.RegisterClusterRequest
+	19, // 70: isthmus.v1.Admin.DescribeDeparture:input_type -> isthmus.v1.DescribeDepartureRequest
+	21, // 71: isthmus.v1.Admin.RemoveCluster:input_type -> isthmus.v1.RemoveClusterRequest
+	22, // 72: isthmus.v1.Admin.CheckReach:input_type -> isthmus.v1.CheckReachRequest
+	24, // 73: isthmus.v1.Admin.ProbePaths:input_type -> isthmus.v1.ProbePathsRequest
+	27, // 74: isthmus.v1.Admin.ListServices:input_type -> isthmus.v1.ListServicesRequest
+	32, // 75: isthmus.v1.Admin.ListEndpoints:input_type -> isthmus.v1.ListEndpointsRequest
+	35, // 76: isthmus.v1.Admin.ListProxies:input_type -> isthmus.v1.ListProxiesRequest
+	39, // 77: isthmus.v1.Admin.ListConfig:input_type -> isthmus.v1.ListConfigRequest
+	42, // 78: isthmus.v1.Admin.Check:input_type -> isthmus.v1.CheckRequest
+	49, // 79: isthmus.v1.Admin.OnboardVM:input_type -> isthmus.v1.OnboardVMRequest
+	51, // 80: isthmus.v1.Admin.ListVMs:input_type -> isthmus.v1.ListVMsRequest
+	53, // 81: isthmus.v1.Admin.OffboardVM:input_type -> isthmus.v1.OffboardVMRequest
+	55, // 82: isthmus.v1.Admin.TailActivity:input_type -> isthmus.v1.TailActivityRequest
+	5,  // 83: isthmus.v1.Admin.GetVersion:output_type -> isthmus.v1.VersionReport
+	15, // 84: isthmus.v1.Admin.ListClusters:output_type -> isthmus.v1.ClusterList
+	8,  // 85: isthmus.v1.Admin.GetCluster:output_type -> isthmus.v1.Cluster
+	18, // 86: isthmus.v1.Admin.RegisterCluster:output_type -> isthmus.v1.RegisterClusterResponse
+	20, // 87: isthmus.v1.Admin.DescribeDeparture:output_type -> isthmus.v1.Departure
+	3,  // 88: isthmus.v1.Admin.RemoveCluster:output_type -> isthmus.v1.Progress
+	23, // 89: isthmus.v1.Admin.CheckReach:output_type -> isthmus.v1.ReachReport
+	25, // 90: isthmus.v1.Admin.ProbePaths:output_type -> isthmus.v1.PathReport
+	28, // 91: isthmus.v1.Admin.ListServices:output_type -> isthmus.v1.ServiceList
+	33, // 92: isthmus.v1.Admin.ListEndpoints:output_type -> isthmus.v1.EndpointList
+	36, // 93: isthmus.v1.Admin.ListProxies:output_type -> isthmus.v1.ProxyList
+	40, // 94: isthmus.v1.Admin.ListConfig:output_type -> isthmus.v1.ConfigObjectList
+	43, // 95: isthmus.v1.Admin.Check:output_type -> isthmus.v1.CheckReport
+	50, // 96: isthmus.v1.Admin.OnboardVM:output_type -> isthmus.v1.OnboardVMResponse
+	52, // 97: isthmus.v1.Admin.ListVMs:output_type -> isthmus.v1.VMList
+	54, // 98: isthmus.v1.Admin.OffboardVM:output_type -> isthmus.v1.OffboardVMResponse
+	56, // 99: isthmus.v1.Admin.TailActivity:output_type -> isthmus.v1.Activity
+	83, // [83:100] is the sub-list for method output_type
+	66, // [66:83] is the sub-list for method input_type
+	66, // [66:66] is the sub-list for extension type_name
+	66, // [66:66] is the sub-list for extension extendee
+	0,  // [0:66] is the sub-list for field type_name
 }
 
 func init() { file_admin_proto_init() }
