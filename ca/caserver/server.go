@@ -85,7 +85,9 @@ func New(cfg Config) (*Server, error) {
 
 // Register adds the service to a gRPC server, which must speak TLS and ask for client certificates without
 // requiring them; see Serving.
-func (s *Server) Register(r grpc.ServiceRegistrar) { security.RegisterIstioCertificateServiceServer(r, s) }
+func (s *Server) Register(r grpc.ServiceRegistrar) {
+	security.RegisterIstioCertificateServiceServer(r, s)
+}
 
 // CreateCertificate answers with the leaf, its intermediate, and the root last, one PEM certificate each.
 func (s *Server) CreateCertificate(ctx context.Context, in *security.IstioCertificateRequest) (out *security.IstioCertificateResponse, err error) {
