@@ -308,7 +308,7 @@ func observe() (traces, error) {
 	for _, link := range links {
 		t.interfaces[link.Attrs().Name] = true
 	}
-	text, err := os.ReadFile("/proc/self/mountinfo")
+	text, err := os.ReadFile("/proc/thread-self/mountinfo")
 	if err != nil {
 		return t, err
 	}

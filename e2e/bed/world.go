@@ -316,7 +316,7 @@ func (w *World) remains() error {
 			errs = append(errs, fmt.Errorf("world %s: %s is left", w.name, path))
 		}
 	}
-	text, err := os.ReadFile("/proc/self/mountinfo")
+	text, err := os.ReadFile("/proc/thread-self/mountinfo")
 	if err != nil {
 		return err
 	}
