@@ -1,0 +1,290 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package gateways makes the resources of east-west gateways and finds their addresses.
+//
+// A gateway has one listener with one filter chain. It passes mutual TLS through without
+// ending it: the caller's SNI names the service, the workload behind it checks the caller.
+// What an SNI can name is bounded three times. The chain takes only connections that
+// offer the mesh's ALPN, and only names under svc.cluster.local or svc.clusterset.local,
+// so no other cluster of that Envoy (its way to the control service, for one) can be
+// named. Clusters exist only for exported services. And they hold only endpoints of the
+// gateway's own network that speak mutual TLS themselves, so that no caller hops twice.
+//
+// Envoy reads an SNI without regard to case, as RFC 6066 says of names. A name in upper
+// case is therefore the same name, and opens nothing that the name in lower case does not.
+//
+// What was refused is counted: listener.eastwest.no_filter_chain_match for a missing
+// ALPN or a foreign name, tcp.eastwest.downstream_cx_no_route for services that are not
+// exported, and per service cluster.<sni>.upstream_cx_* and …_bytes_total for what passed.
+package gateways
+
+import (
+	"fmt"
+	"maps"
+	"math"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
+	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
+	tlsinspectv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/tls_inspector/v3"
+	sniv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/sni_cluster/v3"
+	tcpv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/tcp_proxy/v3"
+	typev3 "github.com/envoyproxy/go-control-plane/envoy/type/v3"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/anypb"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+
+	"github.com/isthmus-mesh/isthmus/federation"
+	"github.com/isthmus-mesh/isthmus/xds"
+)
+
+// Names of the gateway's listener and of its statistics.
+const (
+	Listener   = "eastwest"
+	StatPrefix = "eastwest"
+)
+
+// The suffixes that an SNI may have.
+var suffixes = []string{"*.svc." + federation.ClusterDomain, "*.svc." + federation.ClustersetDomain}
+
+// Build makes everything an east-west gateway is told, as xds.Build does for sidecars.
+// view must be that of xds.Proxy.Scope.
+func Build(view *federation.View, index xds.Index, proxy xds.Proxy) (xds.Resources, []federation.Finding) {
+	b := &build{view: view, index: index, out: map[string]map[string]xds.Resource{}}
+	b.put("Listener", xds.ListenerType, Listener, func() (validatable, error) { return listener(proxy) })
+	for _, s := range view.Services {
+		b.service(s)
+	}
+	resources := xds.Resources{}
+	for typeURL, byName := range b.out {
+		for _, name := range slices.Sorted(maps.Keys(byName)) {
+			resources[typeURL] = append(resources[typeURL], byName[name])
+		}
+	}
+	return resources, b.findings
+}
+
+type validatable interface {
+	proto.Message
+	ValidateAll() error
+}
+
+type build struct {
+	view     *federation.View
+	index    xds.Index
+	out      map[string]map[string]xds.Resource
+	findings []federation.Finding
+}
+
+func (b *build) put(object, typeURL, name string, make func() (validatable, error)) {
+	m, err := make()
+	if err == nil {
+		err = m.ValidateAll()
+	}
+	var r xds.Resource
+	if err == nil {
+		r, err = xds.NewResource(name, m)
+	}
+	if err != nil {
+		b.findings = append(b.findings, federation.Finding{
+			Code: xds.CodeNotBuilt, Severity: federation.SeverityError, Object: object,
+			Message: fmt.Sprintf("%s cannot be built for the gateway and is left out: %v", name, err),
+		})
+		return
+	}
+	byName := b.out[typeURL]
+	if byName == nil {
+		byName = map[string]xds.Resource{}
+		b.out[typeURL] = byName
+	}
+	byName[name] = r
+}
+
+// service makes a cluster for each port, subset and named pod.
+func (b *build) service(s *federation.Service) {
+	if s.Type == federation.ExternalName || slices.Contains(s.ExportTo, "~") {
+		return
+	}
+	var subsets map[string]map[string]string
+	if b.index != nil {
+		rule, _ := b.index.DestinationRule(s.Name.Namespace, nil, s.Name)
+		subsets = make(map[string]map[string]string, len(rule.GetSubsets()))
+		for _, subset := range rule.GetSubsets() {
+			subsets[subset.Name] = subset.Labels
+		}
+	}
+	for _, port := range s.Ports {
+		b.cluster(s, federation.SNI(port.Number, "", s.Host), b.hosts(s, s.Endpoints, port.Number, nil))
+		for name, labels := range subsets {
+			b.cluster(s, federation.SNI(port.Number, name, s.Host), b.hosts(s, s.Endpoints, port.Number, labels))
+		}
+		for i := range s.Pods {
+			pod := &s.Pods[i]
+			if pod.Host == pod.SNIHost {
+				own := []federation.ServiceEndpoint{pod.Endpoint}
+				b.cluster(s, federation.SNI(port.Number, "", pod.SNIHost), b.hosts(s, own, port.Number, nil))
+			}
+		}
+	}
+}
+
+// hosts are the endpoints that other networks may reach here: those that are ready, or if
+// there are none those that still serve while they terminate.
+func (b *build) hosts(s *federation.Service, list []federation.ServiceEndpoint, port uint32, labels map[string]string) []*endpointv3.LbEndpoint {
+	var ready, terminating []*endpointv3.LbEndpoint
+	for i := range list {
+		e := &list[i]
+		target, ok := e.TargetPorts[port]
+		if !ok || !e.Direct || !e.Mesh || len(e.Addresses) == 0 || !covers(labels, e.Labels) {
+			continue
+		}
+		if b.index != nil && b.index.MutualTLS(s.Name.Namespace, e.Labels, target) == "DISABLE" {
+			continue
+		}
+		host := lbEndpoint(e.Addresses[0], target)
+		switch e.Health {
+		case federation.Ready:
+			ready = append(ready, host)
+		case federation.Terminating:
+			terminating = append(terminating, host)
+		}
+	}
+	if len(ready) == 0 {
+		return terminating
+	}
+	return ready
+}
+
+func covers(want, labels map[string]string) bool {
+	for k, v := range want {
+		if labels[k] != v {
+			return false
+		}
+	}
+	return true
+}
+
+func lbEndpoint(ip netip.Addr, port uint32) *endpointv3.LbEndpoint {
+	return &endpointv3.LbEndpoint{HostIdentifier: &endpointv3.LbEndpoint_Endpoint{
+		Endpoint: &endpointv3.Endpoint{Address: socketAddress(ip.String(), port)},
+	}}
+}
+
+// cluster is made only for services that have something here. Its name is the SNI in
+// lower case, as Envoy compares it.
+func (b *build) cluster(s *federation.Service, sni string, hosts []*endpointv3.LbEndpoint) {
+	if len(hosts) == 0 {
+		return
+	}
+	name, object := strings.ToLower(sni), "Service "+s.Name.String()
+	b.put(object, xds.ClusterType, name, func() (validatable, error) { return cluster(name), nil })
+	b.put(object, xds.EndpointType, name, func() (validatable, error) {
+		return &endpointv3.ClusterLoadAssignment{
+			ClusterName: name,
+			Endpoints:   []*endpointv3.LocalityLbEndpoints{{LbEndpoints: hosts}},
+		}, nil
+	})
+}
+
+func cluster(name string) *clusterv3.Cluster {
+	most, never := wrapperspb.UInt32(math.MaxUint32), wrapperspb.UInt32(0)
+	return &clusterv3.Cluster{
+		Name:                 name,
+		ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_EDS},
+		EdsClusterConfig:     &clusterv3.Cluster_EdsClusterConfig{EdsConfig: ads()},
+		ConnectTimeout:       durationpb.New(time.Second),
+		LbPolicy:             clusterv3.Cluster_LEAST_REQUEST,
+		CommonLbConfig:       &clusterv3.Cluster_CommonLbConfig{HealthyPanicThreshold: &typev3.Percent{}},
+		CircuitBreakers: &clusterv3.CircuitBreakers{Thresholds: []*clusterv3.CircuitBreakers_Thresholds{{
+			MaxConnections: most, MaxPendingRequests: most, MaxRequests: most, MaxRetries: most,
+		}}},
+		OutlierDetection: &clusterv3.OutlierDetection{
+			SplitExternalLocalOriginErrors: true, ConsecutiveLocalOriginFailure: wrapperspb.UInt32(3),
+			EnforcingConsecutiveLocalOriginFailure: wrapperspb.UInt32(100),
+			Interval:                               durationpb.New(time.Second),
+			BaseEjectionTime:                       durationpb.New(time.Second),
+			MaxEjectionTime:                        durationpb.New(10 * time.Second),
+			// Half stay in any case: a network that lost its way must not lose all.
+			MaxEjectionPercent:       wrapperspb.UInt32(50),
+			EnforcingConsecutive_5Xx: never, EnforcingConsecutiveGatewayFailure: never,
+			EnforcingSuccessRate: never, EnforcingLocalOriginSuccessRate: never,
+		},
+		UpstreamConnectionOptions: &clusterv3.UpstreamConnectionOptions{TcpKeepalive: keepalive()},
+	}
+}
+
+func keepalive() *corev3.TcpKeepalive {
+	return &corev3.TcpKeepalive{
+		KeepaliveProbes: wrapperspb.UInt32(3), KeepaliveTime: wrapperspb.UInt32(10), KeepaliveInterval: wrapperspb.UInt32(5),
+	}
+}
+
+// listener has the one chain. There is no default chain: what it does not take is closed.
+func listener(proxy xds.Proxy) (validatable, error) {
+	inspector, err := pack(&tlsinspectv3.TlsInspector{})
+	if err != nil {
+		return nil, err
+	}
+	sni, err := pack(&sniv3.SniCluster{})
+	if err != nil {
+		return nil, err
+	}
+	tcp, err := pack(&tcpv3.TcpProxy{
+		StatPrefix: StatPrefix,
+		// The SNI names the cluster. This one does not exist.
+		ClusterSpecifier:   &tcpv3.TcpProxy_Cluster{Cluster: "BlackHoleCluster"},
+		MaxConnectAttempts: wrapperspb.UInt32(3),
+		IdleTimeout:        durationpb.New(time.Hour),
+	})
+	if err != nil {
+		return nil, err
+	}
+	l := &listenerv3.Listener{
+		Name:                   Listener,
+		Address:                socketAddress("0.0.0.0", xds.GatewayPort),
+		ListenerFiltersTimeout: durationpb.New(5 * time.Second),
+		ListenerFilters: []*listenerv3.ListenerFilter{{
+			Name: "envoy.filters.listener.tls_inspector", ConfigType: &listenerv3.ListenerFilter_TypedConfig{TypedConfig: inspector},
+		}},
+		FilterChains: []*listenerv3.FilterChain{{
+			Name: "passthrough",
+			FilterChainMatch: &listenerv3.FilterChainMatch{
+				TransportProtocol: "tls", ApplicationProtocols: xds.ALPN, ServerNames: suffixes,
+			},
+			Filters: []*listenerv3.Filter{
+				{Name: "envoy.filters.network.sni_cluster", ConfigType: &listenerv3.Filter_TypedConfig{TypedConfig: sni}},
+				{Name: "envoy.filters.network.tcp_proxy", ConfigType: &listenerv3.Filter_TypedConfig{TypedConfig: tcp}},
+			},
+		}},
+		TrafficDirection: corev3.TrafficDirection_INBOUND,
+		StatPrefix:       Listener,
+	}
+	if slices.ContainsFunc(proxy.Addresses, func(ip netip.Addr) bool { return !ip.Unmap().Is4() }) {
+		l.AdditionalAddresses = []*listenerv3.AdditionalAddress{{Address: socketAddress("::", xds.GatewayPort)}}
+	}
+	return l, nil
+}
+
+func pack(m proto.Message) (*anypb.Any, error) {
+	out := &anypb.Any{}
+	return out, anypb.MarshalFrom(out, m, proto.MarshalOptions{Deterministic: true})
+}
+
+func socketAddress(host string, port uint32) *corev3.Address {
+	return &corev3.Address{Address: &corev3.Address_SocketAddress{SocketAddress: &corev3.SocketAddress{
+		Address: host, PortSpecifier: &corev3.SocketAddress_PortValue{PortValue: port},
+	}}}
+}
+
+func ads() *corev3.ConfigSource {
+	return &corev3.ConfigSource{
+		ConfigSourceSpecifier: &corev3.ConfigSource_Ads{Ads: &corev3.AggregatedConfigSource{}},
+		ResourceApiVersion:    corev3.ApiVersion_V3,
+	}
+}

@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package xds
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/isthmus-mesh/isthmus/federation"
+)
+
+// Class is what proxies that must receive identical resources have in common. Build sees
+// of a proxy only its class, so the proxies of one class cannot differ. It is comparable.
+type Class struct {
+	Scope       federation.Scope
+	Role        federation.ProxyRole
+	Namespace   string
+	TrustDomain string
+	V4, V6      bool
+	Labels      string // those that some policy's selector looks at: k=v, …
+	Ports       string // its inbound ports: number/protocol, …
+}
+
+// String is short enough for a table.
+func (c Class) String() string {
+	out := fmt.Sprintf("%s/%s/%s/%s", c.Role, c.Scope.Network, c.Scope.Cluster, c.Namespace)
+	if c.Labels != "" {
+		out += " " + c.Labels
+	}
+	if c.Ports != "" {
+		out += " " + c.Ports
+	}
+	return out
+}
+
+func (c Class) families() families { return families{v4: c.V4, v6: c.V6} }
+
+// Scope says whose view the proxy sees. A gateway sees what a stranger on its network
+// would: nothing that is local to one cluster, so that it cannot be asked for it.
+func (p Proxy) Scope() federation.Scope {
+	if p.Role == federation.GatewayRole {
+		return federation.Scope{Network: p.Network}
+	}
+	return federation.Scope{Cluster: p.Cluster, Network: p.Network}
+}
+
+// classOf finds the class of a proxy. keys are the label keys that selectors look at.
+func classOf(p Proxy, ports []inboundPort, keys []string) Class {
+	c := Class{Scope: p.Scope(), Role: p.Role, TrustDomain: p.trustDomain()}
+	for _, ip := range p.Addresses {
+		if ip.Unmap().Is4() {
+			c.V4 = true
+		} else {
+			c.V6 = true
+		}
+	}
+	if !c.V4 && !c.V6 {
+		c.V4 = true
+	}
+	if p.Role == federation.GatewayRole {
+		return c
+	}
+	c.Namespace = p.Namespace
+	c.Labels = canonicalLabels(p.Labels, keys)
+	c.Ports = canonicalPorts(ports)
+	return c
+}
+
+func canonicalLabels(labels map[string]string, keys []string) string {
+	var parts []string
+	for _, k := range keys {
+		if v, ok := labels[k]; ok {
+			parts = append(parts, k+"="+v)
+		}
+	}
+	slices.Sort(parts)
+	return strings.Join(slices.Compact(parts), ",")
+}
+
+// labels undoes canonicalLabels. Neither keys nor values can hold "," or "=".
+func (c Class) labels() map[string]string {
+	out := map[string]string{}
+	for _, part := range strings.Split(c.Labels, ",") {
+		if k, v, ok := strings.Cut(part, "="); ok {
+			out[k] = v
+		}
+	}
+	return out
+}
+
+func canonicalPorts(ports []inboundPort) string {
+	var parts []string
+	for _, p := range ports {
+		parts = append(parts, fmt.Sprintf("%d/%s", p.number, p.protocol))
+	}
+	return strings.Join(parts, ",")
+}
+
+// ports undoes canonicalPorts.
+func (c Class) ports() []inboundPort {
+	var out []inboundPort
+	for _, part := range strings.Split(c.Ports, ",") {
+		var p inboundPort
+		if n, _ := fmt.Sscanf(part, "%d", &p.number); n != 1 {
+			continue
+		}
+		_, protocol, _ := strings.Cut(part, "/")
+		p.protocol = federation.Protocol(protocol)
+		out = append(out, p)
+	}
+	return out
+}
+
+// inboundPorts finds the ports of every workload of a view that services send to. Where
+// services disagree on a port's protocol it is unknown, and told by its first bytes.
+func inboundPorts(view *federation.View) map[federation.WorkloadKey][]inboundPort {
+	out := map[federation.WorkloadKey][]inboundPort{}
+	for _, s := range view.Services {
+		for i := range s.Endpoints {
+			e := &s.Endpoints[i]
+			if !e.Direct || e.UID == "" {
+				continue
+			}
+			key := federation.WorkloadKey{Source: e.Source, UID: e.UID}
+			for _, port := range s.Ports {
+				if target, ok := e.TargetPorts[port.Number]; ok && target > 0 && target <= 65535 {
+					out[key] = withPort(out[key], inboundPort{number: target, protocol: port.Protocol})
+				}
+			}
+		}
+	}
+	for _, list := range out {
+		slices.SortFunc(list, func(a, b inboundPort) int { return cmp.Compare(a.number, b.number) })
+	}
+	return out
+}
+
+func withPort(list []inboundPort, p inboundPort) []inboundPort {
+	for i := range list {
+		if list[i].number == p.number {
+			if list[i].protocol != p.protocol {
+				list[i].protocol = federation.Unknown
+			}
+			return list
+		}
+	}
+	return append(list, p)
+}

@@ -1,0 +1,307 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package xds
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
+	metadatav3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/set_metadata/v3"
+	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
+	"google.golang.org/protobuf/types/known/structpb"
+	networking "istio.io/api/networking/v1alpha3"
+
+	"github.com/isthmus-mesh/isthmus/federation"
+)
+
+// podListeners bounds the listeners of one headless port: each pod has one, and a proxy
+// pays for each. Pods beyond are called directly, without the mesh.
+const podListeners = 1000
+
+// built is what one service contributes to the resources of a class.
+type built struct {
+	resources map[string][]Resource
+	findings  []federation.Finding
+}
+
+// put adds a resource, or the finding that it cannot be built.
+func (b *built) put(object, typeURL, name string, m validatable, p *packer) {
+	err := p.err
+	if err == nil {
+		err = m.ValidateAll()
+	}
+	var r Resource
+	if err == nil {
+		r, err = NewResource(name, m)
+	}
+	if err != nil {
+		b.note(object, federation.SeverityError, "%s %s cannot be built and is left out: %v", kindOf(typeURL), name, err)
+		return
+	}
+	if b.resources == nil {
+		b.resources = map[string][]Resource{}
+	}
+	b.resources[typeURL] = append(b.resources[typeURL], r)
+}
+
+func (b *built) note(object, severity, format string, args ...any) {
+	code := CodeNotBuilt
+	if severity != federation.SeverityError {
+		code = CodeNotTranslated
+	}
+	b.findings = append(b.findings, federation.Finding{
+		Code: code, Severity: severity, Object: object, Message: fmt.Sprintf(format, args...),
+	})
+}
+
+// serviceBuild makes what one service needs in one class.
+type serviceBuild struct {
+	*build
+	built
+	svc    *federation.Service
+	object string
+	rule   *networking.DestinationRule
+	ruleID string // the rule's object, for findings
+}
+
+func (b *build) service(s *federation.Service) built {
+	sb := &serviceBuild{build: b, svc: s, object: "Service " + s.Name.String()}
+	if s.Type == federation.ExternalName {
+		return sb.built
+	}
+	sb.rule, sb.ruleID = b.destinationRule(s)
+	for _, port := range s.Ports {
+		sb.port(port)
+	}
+	for i := range s.Pods {
+		for _, port := range s.Ports {
+			sb.pod(&s.Pods[i], port)
+		}
+	}
+	return sb.built
+}
+
+// port makes listeners, routes, clusters and endpoints of one port.
+func (b *serviceBuild) port(port federation.Port) {
+	s := b.svc
+	t := target{
+		host: s.Host, name: federation.OutboundCluster(port.Number, "", s.Host), sni: federation.SNI(port.Number, "", s.Host),
+		identities: b.identities(s.Accounts), protocol: port.Protocol,
+		gateways: b.gateways, perPod: s.HeadlessHere(),
+	}
+	var groups []federation.Group
+	if t.perPod {
+		groups = podGroups(s, port.Number)
+	} else {
+		groups = b.split(s, port.Number, "", nil)
+	}
+	b.cluster(t, trafficFor(b.rule.GetTrafficPolicy(), nil, port.Number), groups)
+	for _, subset := range b.rule.GetSubsets() {
+		b.subset(t, port, subset)
+	}
+	if port.Protocol.IsHTTP() || port.Protocol == federation.Unknown {
+		b.routes(t, port)
+	}
+	if t.perPod {
+		b.podListeners(t, port, groups)
+		return
+	}
+	for _, ip := range slices.Concat(s.Addresses, s.AlsoAt) {
+		b.listen(ip, t, port)
+	}
+}
+
+func (b *serviceBuild) subset(t target, port federation.Port, subset *networking.Subset) {
+	t.name = federation.OutboundCluster(port.Number, subset.Name, b.svc.Host)
+	t.sni = federation.SNI(port.Number, subset.Name, b.svc.Host)
+	t.perPod = false
+	match := func(labels map[string]string) bool { return covers(subset.Labels, labels) }
+	groups := b.split(b.svc, port.Number, subset.Name, match)
+	b.cluster(t, trafficFor(b.rule.GetTrafficPolicy(), subset.TrafficPolicy, port.Number), groups)
+}
+
+// covers tells whether labels have all that is wanted.
+func covers(want, labels map[string]string) bool {
+	for k, v := range want {
+		if labels[k] != v {
+			return false
+		}
+	}
+	return true
+}
+
+// cluster makes a cluster and its assignment.
+func (b *serviceBuild) cluster(t target, policy *networking.TrafficPolicy, groups []federation.Group) {
+	p := &packer{}
+	c := p.edsCluster(t)
+	if err := p.applyTraffic(c, t, policy); err != nil {
+		b.note(b.ruleID, federation.SeverityError, "spec.trafficPolicy.%v; cluster %s has the mesh's defaults instead", err, t.name)
+		c = p.edsCluster(t)
+	}
+	b.put(b.object, ClusterType, t.name, c, p)
+	if c.EdsClusterConfig == nil {
+		return
+	}
+	b.trustPlaintext(groups)
+	cla, unresolved := assignment(t.name, groups, t.perPod)
+	for _, host := range unresolved {
+		b.note(b.object, federation.SeverityWarning, "gateway host name %q has no address yet, so it gets no traffic; check its DNS record", host)
+	}
+	b.put(b.object, EndpointType, t.name, cla, &packer{})
+}
+
+// trustPlaintext sends plaintext to endpoints whose own policy refuses the mesh's TLS.
+func (b *serviceBuild) trustPlaintext(groups []federation.Group) {
+	for _, g := range groups {
+		for i := range g.Hops {
+			h := &g.Hops[i]
+			if h.Mesh && !h.Gateway && b.mode(b.svc.Name.Namespace, h.Labels, h.Port) == disabled {
+				h.Mesh = false
+			}
+		}
+	}
+}
+
+// identities are the SPIFFE IDs that may answer.
+func (b *build) identities(accounts []string) []string {
+	out := make([]string, 0, len(accounts))
+	for _, a := range accounts {
+		out = append(out, "spiffe://"+b.class.TrustDomain+"/"+a)
+	}
+	return out
+}
+
+// podGroups are the pods of a headless service that is called by their addresses. Whoever
+// has an address may use it: health is not asked.
+func podGroups(s *federation.Service, port uint32) []federation.Group {
+	g := federation.Group{}
+	for i := range s.Endpoints {
+		e := &s.Endpoints[i]
+		target, ok := e.TargetPorts[port]
+		if !ok || !e.Direct {
+			continue
+		}
+		for _, ip := range e.Addresses {
+			g.Hops = append(g.Hops, federation.Hop{
+				Host: ip.String(), Port: target, Weight: 1, Mesh: e.Mesh, Health: federation.Ready, Labels: e.Labels,
+			})
+		}
+	}
+	if len(g.Hops) == 0 {
+		return nil
+	}
+	return []federation.Group{g}
+}
+
+// podListeners makes a listener for every pod of a headless service. It stands on the
+// port the pod listens on, and on the service's, which callers use as often.
+func (b *serviceBuild) podListeners(t target, port federation.Port, groups []federation.Group) {
+	for _, g := range groups {
+		if len(g.Hops) > podListeners {
+			b.note(b.object, federation.SeverityWarning, "port %d is headless with %d pod addresses; the first %d are called through the mesh, the others in plaintext", port.Number, len(g.Hops), podListeners)
+		}
+		for _, hop := range g.Hops[:min(len(g.Hops), podListeners)] {
+			ip, err := netip.ParseAddr(hop.Host)
+			if err != nil {
+				continue
+			}
+			b.listenPod(ip, hop.Port, t, port)
+			if hop.Port != port.Number {
+				b.listenPod(ip, port.Number, t, port)
+			}
+		}
+	}
+}
+
+// listen makes the listener of an address of the service.
+func (b *serviceBuild) listen(ip netip.Addr, t target, port federation.Port) {
+	b.listener(ip, port.Number, port, t, nil)
+}
+
+// listenPod makes the listener of one pod's address, which leads to that pod only.
+func (b *serviceBuild) listenPod(ip netip.Addr, number uint32, t target, port federation.Port) {
+	b.listener(ip, number, port, t, labelled(podAddressKey, ip.String()))
+}
+
+func (b *serviceBuild) listener(ip netip.Addr, number uint32, port federation.Port, t target, pod *structpb.Struct) {
+	if !b.class.families().has(ip) {
+		return
+	}
+	p := &packer{}
+	tcp := tcpTo(t.name, t.name)
+	var http *hcmv3.HttpConnectionManager
+	if port.Protocol.IsHTTP() || port.Protocol == federation.Unknown {
+		var filters []*hcmv3.HttpFilter
+		if pod != nil {
+			filters = append(filters, p.choosePod(pod))
+		}
+		http = p.outboundHTTP(routeName(t.host, port.Number), port.Protocol == federation.Unknown, filters...)
+	}
+	if pod != nil {
+		tcp.MetadataMatch = &corev3.Metadata{FilterMetadata: map[string]*structpb.Struct{"envoy.lb": pod}}
+	}
+	l := p.outboundListener(ip.String(), number, port.Protocol, http, tcp)
+	b.put(b.object, ListenerType, l.Name, l, p)
+}
+
+// choosePod adds to every request's load balancing the pod whose address was dialled.
+func (p *packer) choosePod(pod *structpb.Struct) *hcmv3.HttpFilter {
+	return &hcmv3.HttpFilter{
+		Name: "envoy.filters.http.set_metadata",
+		ConfigType: &hcmv3.HttpFilter_TypedConfig{TypedConfig: p.any(&metadatav3.Config{
+			Metadata: []*metadatav3.Metadata{{MetadataNamespace: "envoy.lb", Value: pod}},
+		})},
+	}
+}
+
+// has tells whether addresses of the family of ip can be called.
+func (f families) has(ip netip.Addr) bool {
+	if ip.Unmap().Is4() {
+		return f.v4
+	}
+	return f.v6
+}
+
+// routes makes the route configuration of an HTTP port.
+func (b *serviceBuild) routes(t target, port federation.Port) {
+	p := &packer{}
+	routes, object := b.virtualService(p, b.svc, port.Number, &b.built)
+	if len(routes) == 0 {
+		routes, object = []*routev3.Route{p.defaultRoute(t.name)}, b.object
+	}
+	if hash := trafficFor(b.rule.GetTrafficPolicy(), nil, port.Number).GetLoadBalancer().GetConsistentHash(); hash != nil {
+		for _, r := range routes {
+			if action := r.GetRoute(); action != nil {
+				action.HashPolicy = hashPolicies(hash)
+			}
+		}
+	}
+	name := routeName(b.svc.Host, port.Number)
+	b.put(object, RouteType, name, routeConfiguration(name, routes), p)
+}
+
+// pod makes what a pod with a name and a virtual address of its own needs.
+func (b *serviceBuild) pod(pod *federation.NamedPod, port federation.Port) {
+	if _, ok := pod.Endpoint.TargetPorts[port.Number]; !ok || len(pod.Address) == 0 {
+		return
+	}
+	t := target{
+		host: pod.Host, name: federation.OutboundCluster(port.Number, "", pod.Host), sni: federation.SNI(port.Number, "", pod.SNIHost),
+		protocol: port.Protocol, gateways: b.gateways,
+	}
+	if pod.Account != "" {
+		t.identities = b.identities([]string{pod.Account})
+	}
+	b.cluster(t, nil, b.view.PodGroups(b.svc, pod, port.Number))
+	if port.Protocol.IsHTTP() || port.Protocol == federation.Unknown {
+		p := &packer{}
+		name := routeName(pod.Host, port.Number)
+		b.put(b.object, RouteType, name, routeConfiguration(name, []*routev3.Route{p.defaultRoute(t.name)}), p)
+	}
+	for _, ip := range pod.Address {
+		b.listen(ip, t, port)
+	}
+}
