@@ -22,6 +22,9 @@ var (
 	// ErrBadChain means that the certificate service answered with something
 	// that is not a leaf for our key, followed by its issuers and the root.
 	ErrBadChain = errors.New("unusable certificate chain")
+	// ErrRefused means that the certificate service does not accept the
+	// present certificate for a renewal.
+	ErrRefused = errors.New("renewal by certificate refused")
 )
 
 // Certificate is one issued workload certificate with its key and the roots to
@@ -55,18 +58,31 @@ func (c *Certificate) ValidAt(now time.Time) bool {
 	return now.Before(c.Leaf.NotAfter)
 }
 
-// newKey makes a P-256 key and an empty certificate request for it. The
-// request names nobody: who we are follows from the credential.
-func newKey() (crypto.Signer, []byte, error) {
+// newKey makes a P-256 key.
+func newKey() (crypto.Signer, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
-		return nil, nil, fmt.Errorf("make workload key: %w", err)
+		return nil, fmt.Errorf("make workload key: %w", err)
 	}
+	return key, nil
+}
+
+// request makes a certificate request that names nobody: who we are follows
+// from the credential.
+func request(key crypto.Signer) ([]byte, error) {
 	der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, key)
 	if err != nil {
-		return nil, nil, fmt.Errorf("make certificate request: %w", err)
+		return nil, fmt.Errorf("make certificate request: %w", err)
 	}
-	return key, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der}), nil
+	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der}), nil
+}
+
+func encodeKey(key crypto.Signer) ([]byte, error) {
+	der, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		return nil, fmt.Errorf("encode workload key: %w", err)
+	}
+	return pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), nil
 }
 
 // assemble checks what the service answered: leaf first, intermediates, and
@@ -94,13 +110,13 @@ func assemble(key crypto.Signer, chain []string) (*Certificate, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w: leaf: %w", ErrBadChain, err)
 	}
-	keyDER, err := x509.MarshalPKCS8PrivateKey(key)
+	keyPEM, err := encodeKey(key)
 	if err != nil {
-		return nil, fmt.Errorf("encode workload key: %w", err)
+		return nil, err
 	}
 	cert := &Certificate{
 		Leaf:     leaf,
-		KeyPEM:   pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER}),
+		KeyPEM:   keyPEM,
 		ChainPEM: encodeDERs(ders),
 		RootsPEM: encodeCertificates(roots),
 		TLS:      tls.Certificate{Certificate: ders, PrivateKey: key, Leaf: leaf},

@@ -24,8 +24,7 @@ import (
 // GRPC is the Issuer that speaks istio.v1.auth.IstioCertificateService.
 //
 // The first certificate is asked for with the token, every further one with
-// the present certificate. Only a certificate that has expired or that the
-// service refuses sends us back to the token.
+// the present certificate alone.
 type GRPC struct {
 	// Server is host:port; its certificate must carry the host.
 	Server string
@@ -54,16 +53,12 @@ func (g *GRPC) Issue(ctx context.Context, csr []byte, current *Certificate) ([]s
 	}
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	if current != nil && current.ValidAt(time.Now()) {
+	if current != nil {
 		chain, err := g.call(ctx, csr, &current.TLS, "")
-		if code := status.Code(err); code != codes.Unauthenticated && code != codes.PermissionDenied {
-			return chain, err
+		if code := status.Code(err); code == codes.Unauthenticated || code == codes.PermissionDenied {
+			err = fmt.Errorf("%w: %w", ErrRefused, err)
 		}
-		token, tokenErr := g.token()
-		if tokenErr != nil {
-			return nil, fmt.Errorf("renewal by certificate refused: %w", err)
-		}
-		return g.call(ctx, csr, nil, token)
+		return chain, err
 	}
 	token, err := g.token()
 	if err != nil {

@@ -4,6 +4,7 @@ package identity
 
 import (
 	"context"
+	"crypto"
 	"errors"
 	"log/slog"
 	"math/rand/v2"
@@ -14,7 +15,8 @@ import (
 )
 
 // Issuer turns a PEM certificate request into a chain: leaf first, root last.
-// The current certificate, if any, authenticates a renewal.
+// The current certificate, if given, is the only credential of that request; a
+// refusal of it is ErrRefused. Without it the Issuer uses what else it has.
 type Issuer interface {
 	Issue(ctx context.Context, csr []byte, current *Certificate) (chain []string, err error)
 }
@@ -30,17 +32,23 @@ type Keeper struct {
 	// the answer and is read again whenever it changes: in Kubernetes the
 	// mounted ConfigMap, which is how a new root arrives before its first leaf.
 	RootsFile string
+	// FirstRootsFile, if set, is a PEM bundle that is trusted only until the
+	// first answer brings its own: on a machine outside Kubernetes nobody keeps
+	// the file current, so a retired root must not live on in it.
+	FirstRootsFile string
 	// Log gets renewals, refusals and their reasons; nil discards.
 	Log *slog.Logger
 	// Jitter returns a number in [0,1) that spreads renewals; nil is random.
 	Jitter func() float64
 
-	mu       sync.Mutex
-	current  *Certificate
-	fileRoot []byte
-	failure  error
-	changed  chan struct{}
-	now      func() time.Time
+	mu        sync.Mutex
+	current   *Certificate
+	fileRoot  []byte
+	firstRoot []byte
+	failure   error
+	changed   chan struct{}
+	now       func() time.Time
+	firstKey  crypto.Signer // only used by Run
 }
 
 // rootsInterval is how often RootsFile is looked at. A ConfigMap takes the
@@ -58,6 +66,7 @@ func (k *Keeper) Run(ctx context.Context) error {
 	}
 	k.restore()
 	k.readRoots()
+	k.readFirstRoots()
 	var watching sync.WaitGroup
 	defer watching.Wait()
 	if k.RootsFile != "" {
@@ -93,7 +102,7 @@ func (k *Keeper) Roots() []byte {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.current == nil {
-		return k.fileRoot
+		return Bundle(k.fileRoot, k.firstRoot)
 	}
 	return Bundle(k.current.RootsPEM, k.fileRoot)
 }
@@ -219,12 +228,54 @@ func (k *Keeper) failureAttributes(err error, attempt int, began time.Time) []an
 	return attributes
 }
 
+// once renews by certificate while there is a valid one, and falls back to the
+// other credential where that is refused.
 func (k *Keeper) once(ctx context.Context) error {
-	key, csr, err := newKey()
+	if cert := k.peek(); cert != nil && cert.ValidAt(k.clock()) {
+		key, err := newKey()
+		if err != nil {
+			return err
+		}
+		err = k.issue(ctx, key, cert)
+		if !errors.Is(err, ErrRefused) {
+			return err
+		}
+		if fallback := k.first(ctx); fallback != nil {
+			return errors.Join(err, fallback)
+		}
+		return nil
+	}
+	return k.first(ctx)
+}
+
+// first asks without a certificate. The key is made once and kept: the service
+// binds a token to the first key it came with, and we may have to ask again
+// with the same token after a restart.
+func (k *Keeper) first(ctx context.Context) error {
+	if k.firstKey == nil && k.Store != nil {
+		k.firstKey = k.Store.LoadKey()
+	}
+	if k.firstKey == nil {
+		key, err := newKey()
+		if err != nil {
+			return err
+		}
+		if k.Store != nil {
+			if err := k.Store.SaveKey(key); err != nil {
+				k.Log.Warn("key not kept on disk: after a restart the token may be refused", "error", err)
+			}
+		}
+		k.firstKey = key
+	}
+	return k.issue(ctx, k.firstKey, nil)
+}
+
+func (k *Keeper) issue(ctx context.Context, key crypto.Signer, current *Certificate) error {
+	csr, err := request(key)
 	if err != nil {
 		return err
 	}
-	chain, err := k.Issuer.Issue(ctx, csr, k.peek())
+	chain, err := k.Issuer.Issue(ctx, csr, current)
 	if err != nil {
 		return err
 	}

@@ -43,3 +43,17 @@ func (k *Keeper) readRoots() {
 	k.fileRoot = roots
 	k.wakeLocked()
 }
+
+func (k *Keeper) readFirstRoots() {
+	if k.FirstRootsFile == "" {
+		return
+	}
+	data, err := os.ReadFile(k.FirstRootsFile)
+	if err != nil {
+		k.Log.Warn("root certificates not read", "file", k.FirstRootsFile, "error", err)
+		return
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.firstRoot = Bundle(data)
+}

@@ -42,12 +42,40 @@ func (s *Store) Load() (*Certificate, error) {
 // Save replaces the stored certificate; after a crash the file holds either
 // the old one or the new one.
 func (s *Store) Save(c *Certificate) error {
-	f, err := os.CreateTemp(filepath.Dir(s.Path), ".identity-*") // mode 0600 by definition
+	return replace(s.Path, encode(c))
+}
+
+// LoadKey returns the key of the first request, nil if none is stored.
+func (s *Store) LoadKey() crypto.Signer {
+	data, err := os.ReadFile(s.keyPath())
+	if err != nil {
+		return nil
+	}
+	key, _, err := decodeKey(data)
+	if err != nil {
+		return nil
+	}
+	return key
+}
+
+// SaveKey keeps the key of the first request beside the certificate.
+func (s *Store) SaveKey(key crypto.Signer) error {
+	data, err := encodeKey(key)
+	if err != nil {
+		return err
+	}
+	return replace(s.keyPath(), data)
+}
+
+func (s *Store) keyPath() string { return s.Path + ".key" }
+
+func replace(path string, data []byte) error {
+	f, err := os.CreateTemp(filepath.Dir(path), ".identity-*") // mode 0600 by definition
 	if err != nil {
 		return fmt.Errorf("store certificate: %w", err)
 	}
 	defer os.Remove(f.Name()) // gone already after a successful rename
-	_, err = f.Write(encode(c))
+	_, err = f.Write(data)
 	if err == nil {
 		err = f.Sync()
 	}
@@ -55,7 +83,7 @@ func (s *Store) Save(c *Certificate) error {
 		err = closeErr
 	}
 	if err == nil {
-		err = os.Rename(f.Name(), s.Path)
+		err = os.Rename(f.Name(), path)
 	}
 	if err != nil {
 		return fmt.Errorf("store certificate: %w", err)
@@ -70,17 +98,9 @@ func encode(c *Certificate) []byte {
 // decode tells roots from intermediates by what makes a root one: it is its
 // own issuer.
 func decode(data []byte) (*Certificate, error) {
-	block, rest := pem.Decode(data)
-	if block == nil || block.Type != "PRIVATE KEY" {
-		return nil, fmt.Errorf("%w: does not begin with a private key", ErrBadChain)
-	}
-	parsed, err := x509.ParsePKCS8PrivateKey(block.Bytes)
+	key, rest, err := decodeKey(data)
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrBadChain, err)
-	}
-	key, ok := parsed.(crypto.Signer)
-	if !ok {
-		return nil, fmt.Errorf("%w: key of type %T cannot sign", ErrBadChain, parsed)
+		return nil, err
 	}
 	certs, err := parseCertificates(rest)
 	if err != nil {
@@ -96,4 +116,20 @@ func decode(data []byte) (*Certificate, error) {
 		chain = append(chain, string(encodeCertificates([]*x509.Certificate{c})))
 	}
 	return assemble(key, append(chain, string(encodeCertificates(roots))))
+}
+
+func decodeKey(data []byte) (crypto.Signer, []byte, error) {
+	block, rest := pem.Decode(data)
+	if block == nil || block.Type != "PRIVATE KEY" {
+		return nil, nil, fmt.Errorf("%w: does not begin with a private key", ErrBadChain)
+	}
+	parsed, err := x509.ParsePKCS8PrivateKey(block.Bytes)
+	if err != nil {
+		return nil, nil, fmt.Errorf("%w: %w", ErrBadChain, err)
+	}
+	key, ok := parsed.(crypto.Signer)
+	if !ok {
+		return nil, nil, fmt.Errorf("%w: key of type %T cannot sign", ErrBadChain, parsed)
+	}
+	return key, rest, nil
 }

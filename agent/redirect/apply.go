@@ -25,9 +25,6 @@ func Apply(ctx context.Context, r Rules) error {
 	if err := nft(ctx, r.Text()); err != nil {
 		return err
 	}
-	if err := addInside6(); err != nil {
-		return err
-	}
 	return r.routeVirtual()
 }
 
@@ -35,7 +32,7 @@ func Apply(ctx context.Context, r Rules) error {
 // no error.
 func Undo(ctx context.Context) error {
 	err := nft(ctx, fmt.Sprintf("add table inet %s\ndelete table inet %s\n", Table, Table))
-	return errors.Join(err, delInside6(), unrouteVirtual())
+	return errors.Join(err, unrouteVirtual())
 }
 
 // Applied tells whether the table is there.
@@ -54,42 +51,6 @@ func nft(ctx context.Context, text string) error {
 		return fmt.Errorf("nft: %w: %s", err, bytes.TrimSpace(out))
 	}
 	return nil
-}
-
-// addInside6 gives loopback the address that Envoy binds for IPv6 connections
-// to its workload. IPv4 needs none: all of 127/8 is local.
-func addInside6() error {
-	lo, address, err := inside6()
-	if err != nil {
-		return err
-	}
-	err = netlink.AddrAdd(lo, address)
-	switch {
-	case err == nil, errors.Is(err, unix.EEXIST):
-		return nil
-	case errors.Is(err, unix.EACCES), errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EAFNOSUPPORT), errors.Is(err, unix.EPERM):
-		return nil // IPv6 is switched off here, so nobody will need it
-	}
-	return fmt.Errorf("add %s to loopback: %w", Inside6, err)
-}
-
-func delInside6() error {
-	lo, address, err := inside6()
-	if err != nil {
-		return err
-	}
-	if err := netlink.AddrDel(lo, address); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) && !errors.Is(err, unix.EAFNOSUPPORT) && !errors.Is(err, unix.EOPNOTSUPP) {
-		return fmt.Errorf("remove %s from loopback: %w", Inside6, err)
-	}
-	return nil
-}
-
-func inside6() (netlink.Link, *netlink.Addr, error) {
-	lo, err := netlink.LinkByName("lo")
-	if err != nil {
-		return nil, nil, fmt.Errorf("find loopback: %w", err)
-	}
-	return lo, &netlink.Addr{IPNet: &net.IPNet{IP: Inside6.AsSlice(), Mask: net.CIDRMask(128, 128)}}, nil
 }
 
 // routeProtocol marks the routes that are ours (an unused number of rtnetlink).

@@ -25,13 +25,11 @@ const (
 	DNSPort = 15053
 )
 
-// Inside4 and Inside6 are the source addresses of Envoy's connections to its
-// own workload. They tell such a connection from one in which the workload
-// calls itself by its own address, which is a call like any other.
-var (
-	Inside4 = netip.MustParseAddr("127.0.0.6")
-	Inside6 = netip.MustParseAddr("::6")
-)
+// Inside is the source address of Envoy's IPv4 connections to its own
+// workload. It tells such a connection from one in which the workload calls
+// itself by its own address, which is a call like any other. IPv6 has only one
+// loopback address, so there such calls go to the workload directly.
+var Inside = netip.MustParseAddr("127.0.0.6")
 
 // Own are the ports of agent and Envoy that must be reachable as they are.
 var Own = []uint16{15020, 15021, 15090}
@@ -102,8 +100,7 @@ func (r Rules) outbound() []string {
 	}
 	rules := []string{
 		fmt.Sprintf("meta mark %#x return", Mark),
-		fmt.Sprintf(`oifname "lo" ip saddr %s return`, Inside4),
-		fmt.Sprintf(`oifname "lo" ip6 saddr %s return`, Inside6),
+		fmt.Sprintf(`oifname "lo" ip saddr %s return`, Inside),
 	}
 	if !r.NoInbound {
 		rules = append(rules, r.selfCalls(uid)...)
@@ -133,19 +130,12 @@ func (r Rules) outbound() []string {
 // selfCalls sends Envoy's connections to its own workload's address through
 // the inbound listener, as a call from anywhere else would go.
 func (r Rules) selfCalls(uid int) []string {
-	prefix := fmt.Sprintf(`meta skuid %d oifname "lo"`, uid)
+	prefix := fmt.Sprintf(`meta skuid %d oifname "lo" ip daddr != 127.0.0.0/8 tcp dport`, uid)
 	if len(r.InboundPorts) > 0 {
-		captured := ports(r.InboundPorts)
-		return []string{
-			fmt.Sprintf("%s ip daddr != 127.0.0.0/8 tcp dport %s redirect to :%d", prefix, captured, InboundPort),
-			fmt.Sprintf("%s ip6 daddr != ::1 tcp dport %s redirect to :%d", prefix, captured, InboundPort),
-		}
+		return []string{fmt.Sprintf("%s %s redirect to :%d", prefix, ports(r.InboundPorts), InboundPort)}
 	}
 	left := ports(append(slices.Clone(Own), r.ExcludeInboundPorts...))
-	return []string{
-		fmt.Sprintf("%s ip daddr != 127.0.0.0/8 tcp dport != %s redirect to :%d", prefix, left, InboundPort),
-		fmt.Sprintf("%s ip6 daddr != ::1 tcp dport != %s redirect to :%d", prefix, left, InboundPort),
-	}
+	return []string{fmt.Sprintf("%s != %s redirect to :%d", prefix, left, InboundPort)}
 }
 
 func (r Rules) dns() []string {

@@ -34,6 +34,7 @@ type Checker struct {
 	mu      sync.Mutex
 	state   State
 	known   bool // a first verdict exists
+	ended   bool // Leave was called
 	streak  int  // results in a row that contradict the verdict
 	changed chan struct{}
 }
@@ -76,9 +77,21 @@ func (c *Checker) Changed() <-chan struct{} {
 	return c.changed
 }
 
+// Leave makes the verdict unhealthy at once and for good.
+func (c *Checker) Leave(message string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.known, c.ended = true, true
+	c.state = State{Message: message, Observed: time.Now()}
+	c.wakeLocked()
+}
+
 func (c *Checker) note(err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if c.ended {
+		return
+	}
 	healthy := err == nil
 	c.state.Observed = time.Now()
 	if !healthy && !c.state.Healthy {
@@ -100,6 +113,10 @@ func (c *Checker) note(err error) {
 	if c.Log != nil {
 		c.Log.Info("workload health changed", "healthy", healthy, "message", c.state.Message)
 	}
+	c.wakeLocked()
+}
+
+func (c *Checker) wakeLocked() {
 	if c.changed != nil {
 		close(c.changed)
 		c.changed = nil
