@@ -114,7 +114,7 @@ func (f *proxyFlags) bind(flags *pflag.FlagSet, get func(string) string) {
 	e.text(&f.addresses, "addresses", "MESH_POD_IPS", "", "addresses of the workload, separated by commas")
 	e.text(&c.Network, "network", "MESH_NETWORK", "", "network of these addresses")
 	e.text(&c.ClusterID, "cluster", "MESH_CLUSTER_ID", "", "member cluster of the pod")
-	e.text(&c.Domain, "domain", "MESH_DOMAIN", "cluster.local", "domain of the cluster")
+	e.text(&c.Domain, "domain", "MESH_DOMAIN", "", "domain of the cluster; empty is cluster.local")
 	e.text(&f.labels, "labels", "MESH_LABELS", "", "labels of the workload, key=value separated by commas")
 	e.text(&c.LabelsFile, "labels-file", "MESH_LABELS_FILE", "/etc/isthmus/pod/labels", "labels in the format of the downward API, if the file exists")
 	e.text(&c.Locality, "locality", "MESH_LOCALITY", "", "region/zone/subzone")
