@@ -14,12 +14,18 @@ import (
 )
 
 // onThread runs f on an operating system thread of its own that is thrown away
-// afterwards, so that f may change the thread's namespaces and credentials.
+// afterwards, so that f may change the thread's namespaces and credentials. It
+// is never the first thread, whose namespaces pass for those of the process.
 func onThread(f func() error) error {
 	done := make(chan error, 1)
 	go func() {
-		runtime.LockOSThread() // never unlocked: the thread ends with this goroutine
-		done <- f()
+		runtime.LockOSThread()
+		if unix.Gettid() == os.Getpid() {
+			defer runtime.UnlockOSThread()
+			done <- onThread(f)
+			return
+		}
+		done <- f() // still locked: the thread ends with this goroutine
 	}()
 	return <-done
 }

@@ -106,11 +106,7 @@ func (k *Kubelet) worker(namespace, name string) (*worker, error) {
 
 // containerOf finds the container that a request's path names.
 func (k *Kubelet) containerOf(r *http.Request) (*container, error) {
-	w, err := k.worker(r.PathValue("namespace"), r.PathValue("pod"))
-	if err != nil {
-		return nil, err
-	}
-	return w.find(r.PathValue("container"))
+	return k.container(r.PathValue("namespace"), r.PathValue("pod"), r.PathValue("container"))
 }
 
 func (k *Kubelet) serveLogs(w http.ResponseWriter, r *http.Request) {

@@ -34,6 +34,8 @@ func (w *worker) writeStatus(ctx context.Context) {
 			base, pause = written, 50*time.Millisecond
 		case apierrors.IsNotFound(err) || apierrors.IsConflict(err):
 			return // the pod is gone; another one may have its name
+		case ctx.Err() != nil:
+			return
 		default:
 			w.log.Debug("status is not written yet", "error", err)
 			if !sleep(ctx, pause) {
