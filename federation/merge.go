@@ -82,7 +82,7 @@ func (m *merger) visible(records []*Record) []*Record {
 		switch {
 		case !m.snapshot.admits(r):
 		case !own && m.snapshot.LocalOnly(r):
-		case !own && m.snapshot.draining(r.Source):
+		case !own && !m.scope.Gateway && m.snapshot.draining(r.Source):
 		default:
 			out = append(out, r)
 		}
@@ -173,7 +173,7 @@ func (m *merger) contribute(svc *Service, r *Record, note *notes) {
 	cluster, _ := r.Source.Cluster()
 	grant, _ := m.snapshot.GrantOf(r.Source)
 	standing := m.standing(r.Source)
-	agreed, all := agreedPorts(svc, r)
+	agreed, all := m.agreedPorts(svc, r)
 	portless := len(r.Ports) == 0 // a headless service may have names to give only
 	if len(agreed) == 0 && !portless {
 		return
@@ -212,10 +212,10 @@ func (m *merger) contribute(svc *Service, r *Record, note *notes) {
 }
 
 // agreedPorts are the numbers on which the record speaks the service's protocol, and
-// whether these are all of its ports.
-func agreedPorts(svc *Service, r *Record) (numbers []uint32, all bool) {
+// whether these are all of its ports. A gateway passes bytes, whatever they mean.
+func (m *merger) agreedPorts(svc *Service, r *Record) (numbers []uint32, all bool) {
 	for _, p := range r.Ports {
-		if want, ok := svc.Port(p.Number); ok && want.Protocol == p.Protocol {
+		if want, ok := svc.Port(p.Number); ok && (want.Protocol == p.Protocol || m.scope.Gateway) {
 			numbers = append(numbers, p.Number)
 		}
 	}
@@ -266,7 +266,7 @@ func (m *merger) namePods(svc *Service, seen []*Record) {
 		if !kube || r.Type != Headless {
 			continue
 		}
-		agreed, _ := agreedPorts(svc, r)
+		agreed, _ := m.agreedPorts(svc, r)
 		grant, _ := m.snapshot.GrantOf(r.Source)
 		cluster := m.snapshot.Clusters[id].Name
 		for i := range r.Endpoints {

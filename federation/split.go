@@ -122,6 +122,9 @@ func (v *View) reaches(e *ServiceEndpoint, port uint32) bool {
 	if _, ok := e.TargetPorts[port]; !ok {
 		return false
 	}
+	if v.Scope.Gateway {
+		return e.Direct && e.Mesh // what it passes is mutual TLS
+	}
 	return e.Direct || e.Mesh && len(v.Gateways[e.Network]) > 0
 }
 

@@ -241,6 +241,21 @@ func TestSplit(t *testing.T) {
 			load:  []int{100},
 		},
 		{
+			story: "a gateway passes to its own network only, whatever callers think of its cluster",
+			world: twoClusters + `
+				cluster west n2 draining
+				standing west drained
+				service east shop/cart 80/HTTP age=9
+				pod c-0 10.0.0.1
+				service west shop/cart 80/TCP
+				pod c-0 10.0.0.1
+				pod c-1 10.0.0.2 bare
+				pod c-2 10.0.0.3 NotReady`,
+			scope: Scope{Network: "n2", Gateway: true},
+			want:  "P0 10.0.0.1:8080*1",
+			load:  []int{100},
+		},
+		{
 			story: "addresses that are not ready are published where the service says so",
 			world: twoClusters + `
 				service east shop/cart 80/HTTP publish

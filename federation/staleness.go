@@ -98,7 +98,7 @@ func (s *Snapshot) WithStanding(standing map[SourceID]Standing) *Snapshot {
 
 // standing of a source in the merger's scope: the own cluster never doubts itself.
 func (m *merger) standing(source SourceID) Standing {
-	if source == m.own {
+	if source == m.own || m.scope.Gateway {
 		return Fresh
 	}
 	if n, ok := source.VMNetwork(); ok && m.scope.Cluster == "" && n == m.scope.Network {

@@ -16,6 +16,12 @@ import (
 type Scope struct {
 	Cluster ClusterID
 	Network Network
+
+	// Gateway is the scope of a network's east-west gateways: what strangers may be let
+	// through to. It has no cluster. Its groups are endpoints of its own network only, of
+	// every cluster on it, whatever the callers think of them: a port's protocol, a source
+	// gone stale and a cluster that drains are the callers' business.
+	Gateway bool
 }
 
 // View is what the proxies of one scope should see. It is immutable and a pure function
