@@ -43,13 +43,14 @@ var arrows = map[string][]string{
 	"xds/xdsserver": {"federation", "config", "api", "xds"},
 	"gateways":      {"federation", "config", "api", "xds"},
 
-	"agent":   {"api", "ca/workloadapi"},
-	"agent/*": {"api", "ca/workloadapi", "agent", "agent/*"},
+	// agent is the composition of its leaves; no leaf knows it.
+	"agent":   {"api", "ca/workloadapi", "agent/*"},
+	"agent/*": {"api", "ca/workloadapi", "agent/*"},
 	"console": {"api"},
 
-	"api/apiserver": {"api", "federation", "config", "registry", "registry/*", "ca", "ca/*", "xds", "xds/xdsserver", "agent", "deploy"},
+	"api/apiserver": {"api", "federation", "config", "registry", "registry/*", "ca", "ca/*", "xds", "xds/xdsserver", "agent/onboard", "deploy"},
 
-	"cmd/mesh":       {"api", "registry/kube", "agent/inject", "deploy"},
+	"cmd/mesh":       {"api", "registry/kube", "agent/inject", "agent/onboard", "deploy"},
 	"cmd/mesh-agent": {"agent", "agent/*", "api"},
 	"cmd/meshd":      {"*"},
 

@@ -34,6 +34,7 @@ type caller struct {
 	body        string
 	json        bool
 	want        string // cluster that must have answered; "" is any
+	untilEOF    bool   // stop when standard input ends
 }
 
 // dialect makes one call in one protocol.
@@ -78,6 +79,7 @@ The exit code is 1 if a call failed or, with --want, came from another cluster.`
 	f.BoolVar(&c.fresh, "fresh", false, "a new connection for each request")
 	f.StringVar(&c.body, "body", "hello", "what to send")
 	f.BoolVar(&c.json, "json", false, "print every answer")
+	f.BoolVar(&c.untilEOF, "until-eof", false, "stop when standard input ends")
 	f.StringVar(&c.want, "want", "", "cluster that must answer")
 	return cmd
 }
@@ -114,6 +116,15 @@ func (c *caller) run(ctx context.Context, out io.Writer) error {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, c.duration)
 		defer cancel()
+	}
+	if c.untilEOF {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithCancel(ctx)
+		defer cancel()
+		go func() {
+			_, _ = io.Copy(io.Discard, os.Stdin)
+			cancel()
+		}()
 	}
 	r := &report{print: c.json, out: out}
 	var err error

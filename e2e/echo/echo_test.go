@@ -129,7 +129,7 @@ func TestPeerOfForwardedCertificate(t *testing.T) {
 	t.Parallel()
 	for header, want := range map[string]string{
 		"": "",
-		"By=spiffe://a/ns/x/sa/y;Hash=12;Subject=\"\";URI=spiffe://a/ns/shop/sa/web":         "spiffe://a/ns/shop/sa/web",
+		"By=spiffe://a/ns/x/sa/y;Hash=12;Subject=\"\";URI=spiffe://a/ns/shop/sa/web":          "spiffe://a/ns/shop/sa/web",
 		"Hash=1;URI=spiffe://a/ns/one/sa/one,By=spiffe://b;Hash=2;URI=spiffe://a/ns/t/sa/two": "spiffe://a/ns/t/sa/two",
 	} {
 		if got := peerOf(http.Header{"X-Forwarded-Client-Cert": {header}}); got != want {

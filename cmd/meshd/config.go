@@ -1,0 +1,263 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/pflag"
+	"sigs.k8s.io/yaml"
+)
+
+// Configuration of meshd: a file of this form (--config), and flags that win over it. An
+// unknown key is an error.
+//
+//	apiVersion: config.isthmus-mesh.io/v1alpha1
+//	kind: ServerConfiguration
+//	dataDir: /var/lib/meshd
+//	advertise: [mesh.example.org:15012]
+type Configuration struct {
+	APIVersion string `json:"apiVersion,omitempty"`
+	Kind       string `json:"kind,omitempty"`
+
+	// DataDir holds the embedded etcd, the audit log, admin.conf and the sealing key.
+	DataDir string `json:"dataDir,omitempty"`
+
+	// Advertise are the host:port that proxies of every network dial; its certificate is
+	// for these names. The first one is what members are given.
+	Advertise []string `json:"advertise,omitempty"`
+
+	// AdvertiseAdmin are the host:port under which `mesh` and machines that onboard reach
+	// the admin address; the hosts of Advertise with the port of Listen.Admin if empty.
+	AdvertiseAdmin []string `json:"advertiseAdmin,omitempty"`
+
+	// TrustDomain is the name after spiffe://. It cannot be changed later.
+	TrustDomain string `json:"trustDomain,omitempty"`
+
+	// SealingKey is the file of the key that seals authorities and credentials at rest;
+	// in the data directory if empty. Replicas need the same one.
+	SealingKey string `json:"sealingKey,omitempty"`
+
+	// Etcd is where the state is; embedded below DataDir if it has no endpoints.
+	Etcd EtcdConfiguration `json:"etcd,omitzero"`
+
+	Listen ListenConfiguration `json:"listen,omitzero"`
+	Log    LogConfiguration    `json:"log,omitzero"`
+
+	// DrainDelay is how long it goes on after it was told to stop, not ready any more, so
+	// that whoever balances over replicas learns of it.
+	DrainDelay Duration `json:"drainDelay,omitzero"`
+
+	// AgentProgram and EnvoyProgram are handed to machines that onboard; mesh-agent beside
+	// meshd if empty, and none.
+	AgentProgram string `json:"agentProgram,omitempty"`
+	EnvoyProgram string `json:"envoyProgram,omitempty"`
+
+	// CertificateLifetime of workloads; 24h if empty.
+	CertificateLifetime Duration `json:"certificateLifetime,omitzero"`
+}
+
+// EtcdConfiguration is an etcd cluster of your own.
+type EtcdConfiguration struct {
+	Endpoints []string `json:"endpoints,omitempty"`
+	CACert    string   `json:"caCert,omitempty"` // files
+	Cert      string   `json:"cert,omitempty"`
+	Key       string   `json:"key,omitempty"`
+	Prefix    string   `json:"prefix,omitempty"` // of all keys; /isthmus/ if empty
+}
+
+// ListenConfiguration are the addresses to listen on.
+type ListenConfiguration struct {
+	Mesh        string `json:"mesh,omitempty"`        // proxies: xDS and certificates
+	Admin       string `json:"admin,omitempty"`       // mesh, and machines that onboard
+	Diagnostics string `json:"diagnostics,omitempty"` // metrics and health, without TLS
+}
+
+// LogConfiguration says what is logged, and how.
+type LogConfiguration struct {
+	Level  string `json:"level,omitempty"`  // debug, info, warn, error
+	Format string `json:"format,omitempty"` // text, json
+}
+
+// Duration is written as "30s", "24h".
+type Duration time.Duration
+
+// UnmarshalText implements encoding.TextUnmarshaler.
+func (d *Duration) UnmarshalText(text []byte) error {
+	parsed, err := time.ParseDuration(string(text))
+	*d = Duration(parsed)
+	return err
+}
+
+// MarshalText implements encoding.TextMarshaler.
+func (d Duration) MarshalText() ([]byte, error) { return []byte(time.Duration(d).String()), nil }
+
+const (
+	configVersion = "config.isthmus-mesh.io/v1alpha1"
+	configKind    = "ServerConfiguration"
+)
+
+// flagValues are the flags; what was set wins over the file.
+type flagValues struct {
+	file string
+	c    Configuration
+}
+
+func (f *flagValues) add(fs *pflag.FlagSet) {
+	c := &f.c
+	fs.StringVar(&f.file, "config", "", "configuration file (YAML); flags win over it")
+	fs.StringVar(&c.DataDir, "data-dir", "", "where state, audit log, admin.conf and the sealing key are kept")
+	fs.StringSliceVar(&c.Advertise, "advertise", nil, "HOST:PORT that proxies of every network dial (port 15012)")
+	fs.StringSliceVar(&c.AdvertiseAdmin, "advertise-admin", nil, "HOST:PORT under which mesh and machines that onboard reach it (default: the hosts of --advertise, port 8443)")
+	fs.StringVar(&c.TrustDomain, "trust-domain", "cluster.local", "the name after spiffe://; it cannot be changed later")
+	fs.StringVar(&c.SealingKey, "sealing-key", "", "file of the key that seals what is secret at rest (default: in the data directory)")
+	fs.StringSliceVar(&c.Etcd.Endpoints, "etcd-endpoints", nil, "URLs of an etcd cluster of your own (default: embedded)")
+	fs.StringVar(&c.Etcd.CACert, "etcd-cacert", "", "its certificate authority, a PEM file")
+	fs.StringVar(&c.Etcd.Cert, "etcd-cert", "", "client certificate for it, a PEM file")
+	fs.StringVar(&c.Etcd.Key, "etcd-key", "", "key of the client certificate, a PEM file")
+	fs.StringVar(&c.Etcd.Prefix, "etcd-prefix", "/isthmus/", "prefix of all keys in it")
+	fs.StringVar(&c.Listen.Mesh, "listen", ":15012", "address for proxies: xDS and certificates")
+	fs.StringVar(&c.Listen.Admin, "listen-admin", ":8443", "address for mesh, and for machines that onboard")
+	fs.StringVar(&c.Listen.Diagnostics, "listen-diagnostics", "127.0.0.1:15014", "address for metrics and health, without TLS")
+	fs.StringVar(&c.Log.Level, "log-level", "info", "debug, info, warn or error")
+	fs.StringVar(&c.Log.Format, "log-format", "text", "text or json")
+	fs.DurationVar((*time.Duration)(&c.DrainDelay), "drain-delay", 0, "how long to go on, not ready, after it was told to stop")
+	fs.StringVar(&c.AgentProgram, "agent-program", "", "mesh-agent for machines that onboard (default: the one beside meshd)")
+	fs.StringVar(&c.EnvoyProgram, "envoy-program", "", "Envoy for machines that onboard (default: none, they bring their own)")
+	fs.DurationVar((*time.Duration)(&c.CertificateLifetime), "certificate-lifetime", 24*time.Hour, "of workloads' certificates")
+}
+
+// configuration is the file, if any, with the flags that were set on top; what neither
+// says has the flag's default.
+func (f *flagValues) configuration(fs *pflag.FlagSet) (Configuration, error) {
+	c := f.c
+	if f.file != "" {
+		text, err := os.ReadFile(f.file)
+		if err != nil {
+			return c, err
+		}
+		if c, err = parseConfiguration(text, f.c); err != nil {
+			return c, fmt.Errorf("%s: %w", f.file, err)
+		}
+		if err := reapply(fs, f, &c); err != nil {
+			return c, err
+		}
+	}
+	return c, c.validate()
+}
+
+// parseConfiguration reads a file over the defaults.
+func parseConfiguration(text []byte, defaults Configuration) (Configuration, error) {
+	c := defaults
+	if err := yaml.UnmarshalStrict(text, &c); err != nil {
+		return c, err
+	}
+	if c.APIVersion != configVersion || c.Kind != configKind {
+		return c, fmt.Errorf("apiVersion %q, kind %q: want %q and %q", c.APIVersion, c.Kind, configVersion, configKind)
+	}
+	return c, nil
+}
+
+// reapply sets the flags that were given on c, which was read from the file.
+func reapply(fs *pflag.FlagSet, f *flagValues, c *Configuration) (err error) {
+	over := &flagValues{}
+	again := pflag.NewFlagSet("", pflag.ContinueOnError)
+	over.add(again)
+	over.c = *c
+	fs.Visit(func(set *pflag.Flag) {
+		target := again.Lookup(set.Name)
+		if target == nil || err != nil {
+			return
+		}
+		if list, ok := set.Value.(pflag.SliceValue); ok {
+			err = target.Value.(pflag.SliceValue).Replace(list.GetSlice())
+			return
+		}
+		err = target.Value.Set(set.Value.String())
+	})
+	*c = over.c
+	return err
+}
+
+// validate names the first thing that cannot be right.
+func (c *Configuration) validate() error {
+	if c.DataDir == "" {
+		return errors.New("--data-dir is missing: name a directory that is kept, for example --data-dir /var/lib/meshd")
+	}
+	if len(c.Advertise) == 0 {
+		return errors.New("--advertise is missing: name the HOST:PORT that proxies of every network dial, for example --advertise mesh.example.org:15012")
+	}
+	for _, a := range slices.Concat(c.Advertise, c.AdvertiseAdmin) {
+		if host, port, err := net.SplitHostPort(a); err != nil || host == "" || port == "" {
+			return fmt.Errorf("--advertise %q: want HOST:PORT, for example mesh.example.org:15012", a)
+		}
+	}
+	for _, e := range c.Etcd.Endpoints {
+		if !strings.HasPrefix(e, "https://") && !strings.HasPrefix(e, "http://") {
+			return fmt.Errorf("--etcd-endpoints %q: want a URL, for example https://etcd-0:2379", e)
+		}
+	}
+	if (c.Etcd.Cert == "") != (c.Etcd.Key == "") {
+		return errors.New("--etcd-cert and --etcd-key: want both or none")
+	}
+	var level slog.Level
+	if err := level.UnmarshalText([]byte(c.Log.Level)); err != nil {
+		return fmt.Errorf("--log-level %q: want debug, info, warn or error", c.Log.Level)
+	}
+	if c.Log.Format != "text" && c.Log.Format != "json" {
+		return fmt.Errorf("--log-format %q: want text or json", c.Log.Format)
+	}
+	if d := time.Duration(c.CertificateLifetime); d < 5*time.Minute || d > 7*24*time.Hour {
+		return fmt.Errorf("--certificate-lifetime %v: want 5m to 168h", d)
+	}
+	return nil
+}
+
+// path of a file in the data directory.
+func (c *Configuration) path(elements ...string) string {
+	return filepath.Join(append([]string{c.DataDir}, elements...)...)
+}
+
+// sealingKey is the file of the sealing key.
+func (c *Configuration) sealingKey() string {
+	if c.SealingKey != "" {
+		return c.SealingKey
+	}
+	return c.path("sealing.key")
+}
+
+// adminAddresses are where the admin address is reached from elsewhere.
+func (c *Configuration) adminAddresses() []string {
+	if len(c.AdvertiseAdmin) > 0 {
+		return c.AdvertiseAdmin
+	}
+	_, port, err := net.SplitHostPort(c.Listen.Admin)
+	if err != nil {
+		port = "8443"
+	}
+	var addresses []string
+	for _, a := range c.Advertise {
+		host, _, _ := net.SplitHostPort(a)
+		addresses = append(addresses, net.JoinHostPort(host, port))
+	}
+	return addresses
+}
+
+// hosts are the names and addresses that its certificate is for.
+func (c *Configuration) hosts() []string {
+	hosts := []string{"localhost", "127.0.0.1", "::1"}
+	for _, a := range slices.Concat(c.Advertise, c.AdvertiseAdmin) {
+		if host, _, err := net.SplitHostPort(a); err == nil && !slices.Contains(hosts, host) {
+			hosts = append(hosts, host)
+		}
+	}
+	return hosts
+}

@@ -1,0 +1,387 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/isthmus-mesh/isthmus/e2e/bed"
+	"github.com/isthmus-mesh/isthmus/e2e/stage"
+)
+
+// play is what a story's words act on.
+type play struct {
+	*stage.Stage
+	loads   map[string]*stage.Load
+	capture *bed.Capture
+	etcd    *bed.Etcd
+}
+
+type key string
+
+const stageKey = key("stage")
+
+// words are the verbs of the scripts. Each prints the time it took, and leaves what it
+// found in stdout for the next line to match. Options are written name=value.
+//
+//	cluster NAME [network=N] [pods=CIDR] [services=CIDR] [nodes=N] [region=R]
+//	meshd NAME [FLAG…]                     a replica of the control service
+//	join NAME [primary] [FLAG…]            mesh join cluster, from the laptop
+//	mesh ARG…                              anything else a person would type
+//	kubectl CLUSTER ARG…
+//	workload CLUSTER NS/NAME [port=NAME:N[:SPEAKS]]… [replicas=N] [headless] [statefulset] [inject=false] [export=false] [sa=A]
+//	apply CLUSTER FILE [inject]
+//	call CLUSTER NS/APP URL [n=N] [want=CLUSTER] [some=CLUSTER] [FLAG…]
+//	eventually WORD…                       repeat a word until it succeeds
+//	share CLUSTER MIN MAX                  share of the last call's answers
+//	load start NAME CLUSTER NS/APP URL [rate=N] [FLAG…];  load stop NAME
+//	unready, ready CLUSTER NS/APP [pods=N] their processes go on answering
+//	kill, stop, pause, resume, start WHAT  a meshd by name, or CLUSTER apiserver|etcd|controllers
+//	cut, heal A B                          packets between two of: cluster, network or meshd
+//	capture transit;  captured             what crossed, as text
+//	stat CLUSTER NS/APP REGEXP             a line of the Envoy's /stats
+func words() map[string]func(*testscript.TestScript, bool, []string) {
+	commands := map[string]func(*testscript.TestScript, bool, []string){}
+	for name, w := range map[string]word{
+		"cluster": wordCluster, "meshd": wordMeshd, "etcd": wordEtcd, "join": wordJoin, "mesh": wordMesh, "kubectl": wordKubectl,
+		"workload": wordWorkload, "apply": wordApply, "call": wordCall, "share": wordShare, "load": wordLoad,
+		"eventually": wordEventually, "unready": wordReady, "ready": wordReady, "kill": wordProcess, "stop": wordProcess,
+		"pause": wordProcess, "resume": wordProcess, "start": wordProcess, "cut": wordCut, "heal": wordCut,
+		"capture": wordCapture, "captured": wordCaptured, "stat": wordStat, "in": wordIn, "proxy": wordProxy,
+		"vm": wordVM, "onboard": wordOnboard, "reboot": wordReboot,
+	} {
+		commands[name] = perform(name, w)
+	}
+	return commands
+}
+
+// scene is one line of a script.
+type scene struct {
+	*play
+	ts   *testscript.TestScript
+	verb string
+	args []string          // without options
+	opts map[string]string // name=value
+	many map[string][]string
+	out  string // for stdout
+}
+
+type word func(ctx context.Context, s *scene) error
+
+// perform turns a word into a command of testscript.
+func perform(name string, w word) func(*testscript.TestScript, bool, []string) {
+	return func(ts *testscript.TestScript, neg bool, args []string) {
+		s := newScene(ts, name, args)
+		start := time.Now()
+		err := w(context.Background(), s)
+		fmt.Fprint(ts.Stdout(), s.out)
+		took := time.Since(start).Round(time.Millisecond)
+		switch {
+		case err == nil && neg:
+			ts.Fatalf("%s succeeded, and must not (%v)\n%s", name, took, s.out)
+		case err != nil && !neg:
+			ts.Fatalf("%s: %v (%v)", name, err, took)
+		case err != nil:
+			ts.Logf("refused as it must be: %v (%v)", err, took)
+		default:
+			ts.Logf("(%v)", took)
+		}
+	}
+}
+
+var option = regexp.MustCompile(`^([a-z]+)=(.*)$`)
+
+func newScene(ts *testscript.TestScript, verb string, args []string) *scene {
+	s := &scene{play: ts.Value(stageKey).(*play), ts: ts, verb: verb, opts: map[string]string{}, many: map[string][]string{}}
+	for _, arg := range args {
+		if m := option.FindStringSubmatch(arg); m != nil {
+			s.opts[m[1]] = m[2]
+			s.many[m[1]] = append(s.many[m[1]], m[2])
+			continue
+		}
+		s.args = append(s.args, arg)
+	}
+	return s
+}
+
+// need returns the first n arguments, and the rest.
+func (s *scene) need(n int) ([]string, []string, error) {
+	if len(s.args) < n {
+		return nil, nil, fmt.Errorf("want %d arguments, got %q", n, s.args)
+	}
+	return s.args[:n], s.args[n:], nil
+}
+
+func (s *scene) number(name string, otherwise int) (int, error) {
+	text, ok := s.opts[name]
+	if !ok {
+		return otherwise, nil
+	}
+	n, err := strconv.Atoi(text)
+	if err != nil {
+		return 0, fmt.Errorf("%s=%s: want a number", name, text)
+	}
+	return n, nil
+}
+
+func (s *scene) has(arg string) bool {
+	for _, a := range s.args {
+		if a == arg {
+			return true
+		}
+	}
+	return false
+}
+
+func wordCluster(ctx context.Context, s *scene) error {
+	args, _, err := s.need(1)
+	if err != nil {
+		return err
+	}
+	config := stage.ClusterConfig{Network: s.opts["network"], Region: s.opts["region"], Zone: s.opts["zone"]}
+	if config.Nodes, err = s.number("nodes", 1); err != nil {
+		return err
+	}
+	for name, to := range map[string]*netip.Prefix{"pods": &config.Pods, "services": &config.Services} {
+		if text, ok := s.opts[name]; ok {
+			if *to, err = netip.ParsePrefix(text); err != nil {
+				return fmt.Errorf("%s=%s: %w", name, text, err)
+			}
+		}
+	}
+	_, err = s.Cluster(ctx, args[0], config)
+	return err
+}
+
+func wordMeshd(ctx context.Context, s *scene) error {
+	args, flags, err := s.need(1)
+	if err != nil {
+		return err
+	}
+	_, err = s.Control(ctx, args[0], stage.ControlConfig{Flags: flags, Etcd: s.etcd})
+	return err
+}
+
+func wordEtcd(_ context.Context, s *scene) error {
+	members, err := s.number("members", 1)
+	if err != nil {
+		return err
+	}
+	s.etcd, err = s.World.Etcd("etcd", members)
+	return err
+}
+
+func wordJoin(ctx context.Context, s *scene) error {
+	args, rest, err := s.need(1)
+	if err != nil {
+		return err
+	}
+	var flags []string
+	for _, f := range rest {
+		if f == "primary" {
+			f = "--primary"
+		}
+		flags = append(flags, f)
+	}
+	s.out, err = s.Join(ctx, args[0], flags...)
+	return err
+}
+
+func wordMesh(ctx context.Context, s *scene) error {
+	r, err := s.Mesh(ctx, s.args...)
+	s.out = r.Stdout + r.Stderr
+	if err == nil && r.Code != 0 {
+		err = fmt.Errorf("exit code %d\n%s", r.Code, s.out)
+	}
+	if want, ok := s.opts["code"]; ok && err != nil {
+		if want == strconv.Itoa(r.Code) {
+			return nil
+		}
+		err = fmt.Errorf("want exit code %s: %w", want, err)
+	}
+	return err
+}
+
+func wordKubectl(ctx context.Context, s *scene) error {
+	args, rest, err := s.need(1)
+	if err != nil {
+		return err
+	}
+	r, err := s.Kubectl(ctx, args[0], nil, rest...)
+	s.out = r.Stdout
+	if err == nil && r.Code != 0 {
+		err = fmt.Errorf("exit code %d\n%s", r.Code, r.Stderr)
+	}
+	return err
+}
+
+func wordWorkload(ctx context.Context, s *scene) error {
+	args, _, err := s.need(2)
+	if err != nil {
+		return err
+	}
+	w := stage.Workload{
+		Account: s.opts["sa"], Headless: s.has("headless"), StatefulSet: s.has("statefulset"),
+		Inject: s.opts["inject"] != "false", Export: s.opts["export"] != "false",
+	}
+	var ok bool
+	if w.Namespace, w.Name, ok = strings.Cut(args[1], "/"); !ok {
+		return fmt.Errorf("workload %q: want NAMESPACE/NAME", args[1])
+	}
+	if w.Replicas, err = s.number("replicas", 1); err != nil {
+		return err
+	}
+	if v, ok := s.opts["version"]; ok {
+		w.Labels = map[string]string{"version": v}
+		w.Args = []string{"--version=" + v}
+	}
+	for _, p := range s.many["port"] {
+		port, err := stage.ParsePort(p)
+		if err != nil {
+			return err
+		}
+		w.Ports = append(w.Ports, port)
+	}
+	return s.Deploy(ctx, args[0], w)
+}
+
+func wordApply(ctx context.Context, s *scene) error {
+	args, _, err := s.need(2)
+	if err != nil {
+		return err
+	}
+	text, err := os.ReadFile(s.ts.MkAbs(args[1]))
+	if err != nil {
+		return err
+	}
+	return s.Apply(ctx, args[0], string(text), s.has("inject"))
+}
+
+func wordCall(ctx context.Context, s *scene) error {
+	args, flags, err := s.need(3)
+	if err != nil {
+		return err
+	}
+	flags = append([]string{args[2], "-n", first(s.opts["n"], "1")}, flags...)
+	if want, ok := s.opts["want"]; ok {
+		flags = append(flags, "--want", want)
+	}
+	report, err := s.Call(ctx, args[0], args[1], flags...)
+	if err != nil {
+		return err
+	}
+	s.out = report.Text
+	s.ts.Setenv("LAST_CALL", report.Text)
+	if some, ok := s.opts["some"]; ok && report.Err == nil && !strings.Contains(firstLine(report.Text), " "+some+" ") {
+		return fmt.Errorf("no answer came from %s:\n%s", some, report.Text)
+	}
+	return report.Err
+}
+
+// wordShare checks what share of the last call's answers came from a cluster.
+func wordShare(_ context.Context, s *scene) error {
+	args, _, err := s.need(3)
+	if err != nil {
+		return err
+	}
+	low, err1 := strconv.ParseFloat(args[1], 64)
+	high, err2 := strconv.ParseFloat(args[2], 64)
+	if err := errors.Join(err1, err2); err != nil {
+		return err
+	}
+	line := firstLine(s.ts.Getenv("LAST_CALL"))
+	var all, own int
+	if _, err := fmt.Sscanf(line, "%d answers:", &all); err != nil || all == 0 {
+		return fmt.Errorf("the last call has no answers: %q", line)
+	}
+	if m := regexp.MustCompile(`\b` + regexp.QuoteMeta(args[0]) + ` (\d+)`).FindStringSubmatch(line); m != nil {
+		own, _ = strconv.Atoi(m[1])
+	}
+	share := float64(own) / float64(all)
+	s.ts.Logf("share of %s: %.3f", args[0], share)
+	if share < low || share > high {
+		return fmt.Errorf("share of %s is %.3f, want %v to %v: %s", args[0], share, low, high, line)
+	}
+	return nil
+}
+
+func wordLoad(ctx context.Context, s *scene) error {
+	args, rest, err := s.need(2)
+	if err != nil {
+		return err
+	}
+	if s.loads == nil {
+		s.loads = map[string]*stage.Load{}
+	}
+	switch args[0] {
+	case "start":
+		if len(rest) < 3 {
+			return fmt.Errorf("want load start NAME CLUSTER NS/APP URL, got %q", s.args)
+		}
+		flags := append([]string{rest[2], "--rate", first(s.opts["rate"], "20")}, rest[3:]...)
+		if c, ok := s.opts["c"]; ok {
+			flags = append(flags, "-c", c)
+		}
+		s.loads[args[1]], err = s.Load(ctx, rest[0], rest[1], flags...)
+		return err
+	case "stop":
+		l, ok := s.loads[args[1]]
+		if !ok {
+			return fmt.Errorf("there is no load %q", args[1])
+		}
+		report, err := l.Stop()
+		s.out = report.Text
+		s.ts.Logf("%s", report.Text)
+		return errors.Join(err, report.Err)
+	}
+	return fmt.Errorf("load %s: want start or stop", args[0])
+}
+
+// wordEventually repeats another word until it succeeds.
+func wordEventually(ctx context.Context, s *scene) error {
+	if len(s.args) == 0 {
+		return errors.New("want a word to repeat")
+	}
+	all := map[string]word{"call": wordCall, "mesh": wordMesh, "kubectl": wordKubectl, "stat": wordStat, "in": wordIn}
+	w, ok := all[s.args[0]]
+	if !ok {
+		return fmt.Errorf("%s cannot be repeated", s.args[0])
+	}
+	inner := *s
+	inner.verb, inner.args = s.args[0], s.args[1:]
+	matching := regexp.MustCompile(s.opts["match"])
+	took, err := stage.Until(ctx, stage.Patience, func() error {
+		err := w(ctx, &inner)
+		if err == nil && !matching.MatchString(inner.out) {
+			err = fmt.Errorf("no match for %q in:\n%s", s.opts["match"], inner.out)
+		}
+		return err
+	})
+	s.out = inner.out
+	s.ts.Logf("%s: after %v", strings.Join(s.args, " "), took.Round(time.Millisecond))
+	return err
+}
+
+func first(values ...string) string {
+	for _, v := range values {
+		if v != "" {
+			return v
+		}
+	}
+	return ""
+}
+
+func firstLine(text string) string {
+	line, _, _ := strings.Cut(text, "\n")
+	return line
+}
