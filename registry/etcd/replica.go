@@ -1,0 +1,627 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package etcd
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"hash/maphash"
+	"maps"
+	"slices"
+	"strings"
+
+	"github.com/isthmus-mesh/isthmus/federation"
+	"github.com/isthmus-mesh/isthmus/registry"
+)
+
+// replica is the state of etcd in memory. One goroutine changes it; the store guards it
+// with its mutex. What it publishes is never changed again.
+type replica struct {
+	seed     maphash.Seed
+	revision int64
+	hashes   map[string]uint64 // of every value, to see at once whether it differs
+
+	members    map[federation.ClusterID]*memberState
+	records    map[federation.SourceID]map[federation.ServiceName]*recordState
+	workloads  map[federation.WorkloadKey]*federation.Workload
+	gateways   map[string]*federation.Gateway // by key
+	objects    map[string]*federation.Object  // by key
+	addresses  map[string]federation.VirtualAddress
+	vms        map[registry.VMName]*vmState
+	sessions   map[federation.SourceID]sessionState
+	quarantine map[string]string // key to reason
+	newer      map[string]string // keys that make the store read-only
+
+	// What the next snapshot cannot share with the last one.
+	dirtyServices map[federation.ServiceName]bool
+	dirtyMembers  bool
+	dirtyWork     bool
+	dirtyGateways bool
+	dirtyObjects  bool
+	dirtyAddrs    bool
+	dirtyVMs      bool
+
+	snapshot    *federation.Snapshot
+	memberViews map[federation.ClusterID]*registry.Member
+	vmViews     map[registry.VMName]*registry.VM
+}
+
+// memberState is a cluster as it is stored.
+type memberState struct {
+	member     *registry.Member // nil while only its conditions are known
+	raw        []byte
+	conditions []federation.Condition
+}
+
+// recordState is a record as it is stored, in pieces.
+type recordState struct {
+	head   *headValue
+	slices map[string]*sliceState
+	record *federation.Record // nil until there is a head
+}
+
+type sliceState struct {
+	generation int64
+	endpoints  []federation.Endpoint
+}
+
+type vmState struct {
+	vm      *registry.VM
+	raw     []byte
+	health  *registry.VMHealth
+	present bool
+}
+
+type sessionState struct {
+	created int64 // create revision, the fence
+	holder  string
+}
+
+func newReplica(seed maphash.Seed) *replica {
+	return &replica{
+		seed:          seed,
+		hashes:        map[string]uint64{},
+		members:       map[federation.ClusterID]*memberState{},
+		records:       map[federation.SourceID]map[federation.ServiceName]*recordState{},
+		workloads:     map[federation.WorkloadKey]*federation.Workload{},
+		gateways:      map[string]*federation.Gateway{},
+		objects:       map[string]*federation.Object{},
+		addresses:     map[string]federation.VirtualAddress{},
+		vms:           map[registry.VMName]*vmState{},
+		sessions:      map[federation.SourceID]sessionState{},
+		quarantine:    map[string]string{},
+		newer:         map[string]string{},
+		dirtyServices: map[federation.ServiceName]bool{},
+		snapshot: &federation.Snapshot{
+			Clusters:  map[federation.ClusterID]*federation.Cluster{},
+			Records:   map[federation.ServiceName][]*federation.Record{},
+			Workloads: map[federation.WorkloadKey]*federation.Workload{},
+			Gateways:  map[federation.Network][]*federation.Gateway{},
+			Addresses: map[string]federation.VirtualAddress{},
+		},
+		memberViews: map[federation.ClusterID]*registry.Member{},
+		vmViews:     map[registry.VMName]*registry.VM{},
+	}
+}
+
+// put takes in one value. A value that cannot be understood leaves what was there before
+// and is quarantined.
+func (r *replica) put(k string, value []byte, created int64) {
+	hash := maphash.Bytes(r.seed, value)
+	if old, ok := r.hashes[k]; ok && old == hash && !strings.HasPrefix(k, sessionsPrefix) {
+		return
+	}
+	if !r.holds(k) {
+		return
+	}
+	r.hashes[k] = hash
+	delete(r.quarantine, k)
+	delete(r.newer, k)
+	err := r.take(k, value, created)
+	if err == nil {
+		return
+	}
+	r.quarantine[k] = err.Error()
+	if errors.Is(err, errNewer) && (strings.HasPrefix(k, clustersPrefix) || strings.HasPrefix(k, byHostPrefix)) {
+		r.newer[k] = err.Error()
+	}
+}
+
+func (r *replica) holds(k string) bool {
+	return slices.ContainsFunc(loaded, func(p string) bool { return strings.HasPrefix(k, p) })
+}
+
+func (r *replica) take(k string, value []byte, created int64) error {
+	switch {
+	case strings.HasPrefix(k, recordsPrefix):
+		return r.takeRecord(k, value)
+	case strings.HasPrefix(k, workloadsPrefix):
+		return r.takeWorkload(k, value)
+	case strings.HasPrefix(k, gatewaysPrefix):
+		return r.takeGateway(k, value)
+	case strings.HasPrefix(k, configPrefix):
+		return r.takeObject(k, value)
+	case strings.HasPrefix(k, clustersPrefix):
+		return r.takeMember(k, value)
+	case strings.HasPrefix(k, byHostPrefix):
+		return r.takeAddress(k, value)
+	case strings.HasPrefix(k, vmsPrefix):
+		return r.takeVM(k, value)
+	}
+	return r.takeSession(k, value, created)
+}
+
+func (r *replica) takeRecord(k string, value []byte) error {
+	p, err := parts(k, recordsPrefix, 3, 4)
+	if err != nil {
+		return err
+	}
+	source, name := federation.SourceID(p[0]), federation.ServiceName{Namespace: p[1], Name: p[2]}
+	var head headValue
+	var slice sliceState
+	if len(p) == 3 {
+		if err := decode(value, &head, &head.version); err != nil {
+			return err
+		}
+		head.Source, head.Name, head.Endpoints = source, name, nil
+	} else if slice.generation, slice.endpoints, err = decodeSlice(value); err != nil {
+		return err
+	}
+	state := r.recordState(source, name)
+	if len(p) == 3 {
+		state.head = &head
+	} else {
+		state.slices[p[3]] = &slice
+	}
+	r.dirtyRecord(source, name)
+	return nil
+}
+
+func (r *replica) recordState(source federation.SourceID, name federation.ServiceName) *recordState {
+	byName := r.records[source]
+	if byName == nil {
+		byName = map[federation.ServiceName]*recordState{}
+		r.records[source] = byName
+	}
+	state := byName[name]
+	if state == nil {
+		state = &recordState{slices: map[string]*sliceState{}}
+		byName[name] = state
+	}
+	return state
+}
+
+// dirtyRecord marks a record for assembly, once all events of a revision were taken in.
+func (r *replica) dirtyRecord(source federation.SourceID, name federation.ServiceName) {
+	r.records[source][name].record = nil
+	r.dirtyServices[name] = true
+}
+
+// assemble makes the record of a head and the slices of its generation.
+func (s *recordState) assemble() *federation.Record {
+	if s.record != nil || s.head == nil {
+		return s.record
+	}
+	record := s.head.Record
+	visible := make([]*sliceState, 0, len(s.slices))
+	total := 0
+	for _, slice := range s.slices {
+		if slice.generation == s.head.Generation && len(slice.endpoints) > 0 {
+			visible = append(visible, slice)
+			total += len(slice.endpoints)
+		}
+	}
+	if len(visible) == 1 {
+		record.Endpoints = visible[0].endpoints // ordered when it was written
+	} else if total > 0 {
+		record.Endpoints = make([]federation.Endpoint, 0, total)
+		for _, slice := range visible {
+			record.Endpoints = append(record.Endpoints, slice.endpoints...)
+		}
+		slices.SortFunc(record.Endpoints, func(a, b federation.Endpoint) int { return cmp.Compare(a.Key(), b.Key()) })
+	}
+	s.record = &record
+	return s.record
+}
+
+func (r *replica) takeWorkload(k string, value []byte) error {
+	p, err := parts(k, workloadsPrefix, 2, 2)
+	if err != nil {
+		return err
+	}
+	var v workloadValue
+	if err := decode(value, &v, &v.version); err != nil {
+		return err
+	}
+	v.Source, v.UID = federation.SourceID(p[0]), p[1]
+	r.workloads[federation.WorkloadKey{Source: v.Source, UID: v.UID}] = &v.Workload
+	r.dirtyWork = true
+	return nil
+}
+
+func (r *replica) takeGateway(k string, value []byte) error {
+	p, err := parts(k, gatewaysPrefix, 3, 3)
+	if err != nil {
+		return err
+	}
+	var v gatewayValue
+	if err := decode(value, &v, &v.version); err != nil {
+		return err
+	}
+	v.Network, v.Source, v.Name = federation.Network(p[0]), federation.SourceID(p[1]), p[2]
+	r.gateways[k] = &v.Gateway
+	r.dirtyGateways = true
+	return nil
+}
+
+func (r *replica) takeObject(k string, value []byte) error {
+	p, err := parts(k, configPrefix, 4, 4)
+	if err != nil {
+		return err
+	}
+	var v objectValue
+	if err := decode(value, &v, &v.version); err != nil {
+		return err
+	}
+	v.Object.Raw = v.Raw
+	v.Source, v.Namespace, v.Name = federation.SourceID(p[0]), p[2], p[3]
+	r.objects[k] = &v.Object
+	r.dirtyObjects = true
+	return nil
+}
+
+// memberValue is a member without its conditions.
+type memberValue struct {
+	version
+	registry.Member
+}
+
+type conditionsValue struct {
+	version
+	Conditions []federation.Condition `json:"conditions"`
+}
+
+func (r *replica) takeMember(k string, value []byte) error {
+	p, err := parts(k, clustersPrefix, 1, 2)
+	if err != nil {
+		return err
+	}
+	id := federation.ClusterID(p[0])
+	var v memberValue
+	var c conditionsValue
+	switch {
+	case len(p) == 1:
+		err = decode(value, &v, &v.version)
+		if err != nil && (!errors.Is(err, errNewer) || v.Name == "") {
+			return err // a newer one that can be read is still served
+		}
+		v.ID, v.Conditions = id, nil
+	case p[1] == "conditions":
+		if err := decode(value, &c, &c.version); err != nil {
+			return err
+		}
+	case p[1] == "credentials":
+		var v version
+		return decode(value, &v, &v) // sealed: read when it is needed
+	default:
+		return fmt.Errorf("unknown part %q of a cluster", p[1])
+	}
+	state := r.members[id]
+	if state == nil {
+		state = &memberState{}
+		r.members[id] = state
+	}
+	if len(p) == 1 {
+		state.member, state.raw = &v.Member, slices.Clone(value)
+	} else {
+		state.conditions = c.Conditions
+	}
+	r.dirtyMembers = true
+	return err
+}
+
+type addressValue struct {
+	version
+	federation.VirtualAddress
+}
+
+func (r *replica) takeAddress(k string, value []byte) error {
+	p, err := parts(k, byHostPrefix, 1, 1)
+	if err != nil {
+		return err
+	}
+	var v addressValue
+	err = decode(value, &v, &v.version)
+	if err != nil && !errors.Is(err, errNewer) {
+		return err
+	}
+	v.Host = p[0]
+	r.addresses[v.Host] = v.VirtualAddress
+	r.dirtyAddrs = true
+	return err
+}
+
+type vmValue struct {
+	version
+	registry.VM
+}
+
+type vmHealthValue struct {
+	version
+	registry.VMHealth
+}
+
+func (r *replica) takeVM(k string, value []byte) error {
+	p, err := parts(k, vmsPrefix, 2, 3)
+	if err != nil {
+		return err
+	}
+	name := registry.VMName{Network: federation.Network(p[0]), Name: p[1]}
+	var v vmValue
+	var h vmHealthValue
+	part := ""
+	if len(p) == 3 {
+		part = p[2]
+	}
+	switch part {
+	case "":
+		err = decode(value, &v, &v.version)
+	case "health":
+		err = decode(value, &h, &h.version)
+	case "present":
+	default:
+		err = fmt.Errorf("unknown part %q of a VM", part)
+	}
+	if err != nil {
+		return err
+	}
+	state := r.vms[name]
+	if state == nil {
+		state = &vmState{}
+		r.vms[name] = state
+	}
+	switch part {
+	case "":
+		v.VM.Network, v.VM.Name = name.Network, name.Name
+		state.vm, state.raw = &v.VM, slices.Clone(value)
+	case "health":
+		state.health = &h.VMHealth
+	case "present":
+		state.present = true
+	}
+	r.dirtyVMs = true
+	return nil
+}
+
+type sessionValue struct {
+	version
+	Holder string `json:"holder"`
+}
+
+func (r *replica) takeSession(k string, value []byte, created int64) error {
+	p, err := parts(k, sessionsPrefix, 1, 1)
+	if err != nil {
+		return err
+	}
+	var v sessionValue
+	err = decode(value, &v, &v.version)
+	r.sessions[federation.SourceID(p[0])] = sessionState{created: created, holder: v.Holder}
+	return err
+}
+
+// remove forgets one key.
+func (r *replica) remove(k string) {
+	if _, ok := r.hashes[k]; !ok {
+		return
+	}
+	delete(r.hashes, k)
+	delete(r.quarantine, k)
+	delete(r.newer, k)
+	switch {
+	case strings.HasPrefix(k, recordsPrefix):
+		r.removeRecord(k)
+	case strings.HasPrefix(k, workloadsPrefix):
+		if p, err := parts(k, workloadsPrefix, 2, 2); err == nil {
+			delete(r.workloads, federation.WorkloadKey{Source: federation.SourceID(p[0]), UID: p[1]})
+			r.dirtyWork = true
+		}
+	case strings.HasPrefix(k, gatewaysPrefix):
+		delete(r.gateways, k)
+		r.dirtyGateways = true
+	case strings.HasPrefix(k, configPrefix):
+		delete(r.objects, k)
+		r.dirtyObjects = true
+	case strings.HasPrefix(k, clustersPrefix):
+		r.removeMember(k)
+	case strings.HasPrefix(k, byHostPrefix):
+		if p, err := parts(k, byHostPrefix, 1, 1); err == nil {
+			delete(r.addresses, p[0])
+			r.dirtyAddrs = true
+		}
+	case strings.HasPrefix(k, vmsPrefix):
+		r.removeVM(k)
+	case strings.HasPrefix(k, sessionsPrefix):
+		if p, err := parts(k, sessionsPrefix, 1, 1); err == nil {
+			delete(r.sessions, federation.SourceID(p[0]))
+		}
+	}
+}
+
+func (r *replica) removeRecord(k string) {
+	p, err := parts(k, recordsPrefix, 3, 4)
+	if err != nil {
+		return
+	}
+	source, name := federation.SourceID(p[0]), federation.ServiceName{Namespace: p[1], Name: p[2]}
+	state := r.records[source][name]
+	if state == nil {
+		return
+	}
+	if len(p) == 3 {
+		state.head = nil
+	} else {
+		delete(state.slices, p[3])
+	}
+	r.dirtyRecord(source, name)
+	if state.head == nil && len(state.slices) == 0 {
+		delete(r.records[source], name)
+		if len(r.records[source]) == 0 {
+			delete(r.records, source)
+		}
+	}
+}
+
+func (r *replica) removeMember(k string) {
+	p, err := parts(k, clustersPrefix, 1, 2)
+	if err != nil {
+		return
+	}
+	id := federation.ClusterID(p[0])
+	state := r.members[id]
+	if state == nil {
+		return
+	}
+	switch {
+	case len(p) == 1:
+		state.member, state.raw = nil, nil
+	case p[1] == "conditions":
+		state.conditions = nil
+	}
+	if state.member == nil && state.conditions == nil {
+		delete(r.members, id)
+	}
+	r.dirtyMembers = true
+}
+
+func (r *replica) removeVM(k string) {
+	p, err := parts(k, vmsPrefix, 2, 3)
+	if err != nil {
+		return
+	}
+	name := registry.VMName{Network: federation.Network(p[0]), Name: p[1]}
+	state := r.vms[name]
+	if state == nil {
+		return
+	}
+	switch {
+	case len(p) == 2:
+		state.vm, state.raw = nil, nil
+	case p[2] == "health":
+		state.health = nil
+	case p[2] == "present":
+		state.present = false
+	}
+	if state.vm == nil && state.health == nil && !state.present {
+		delete(r.vms, name)
+	}
+	r.dirtyVMs = true
+}
+
+// publish makes the next snapshot, which shares with the last one all that is not dirty;
+// false if nothing that anybody can see has changed.
+func (r *replica) publish() bool {
+	if len(r.dirtyServices) == 0 && !r.dirtyMembers && !r.dirtyWork && !r.dirtyGateways &&
+		!r.dirtyObjects && !r.dirtyAddrs && !r.dirtyVMs {
+		return false
+	}
+	next := *r.snapshot
+	next.Revision = federation.Revision(r.revision)
+	if len(r.dirtyServices) > 0 {
+		next.Records = r.publishRecords(next.Records)
+		clear(r.dirtyServices)
+	}
+	if r.dirtyMembers {
+		next.Clusters = r.publishMembers()
+	}
+	if r.dirtyWork {
+		next.Workloads = maps.Clone(r.workloads)
+	}
+	if r.dirtyGateways {
+		next.Gateways = r.publishGateways()
+	}
+	if r.dirtyObjects {
+		next.Objects = r.publishObjects()
+	}
+	if r.dirtyAddrs {
+		next.Addresses = maps.Clone(r.addresses)
+	}
+	if r.dirtyVMs {
+		r.publishVMs()
+	}
+	r.dirtyMembers, r.dirtyWork, r.dirtyGateways, r.dirtyObjects, r.dirtyAddrs, r.dirtyVMs = false, false, false, false, false, false
+	r.snapshot = &next
+	return true
+}
+
+func (r *replica) publishRecords(last map[federation.ServiceName][]*federation.Record) map[federation.ServiceName][]*federation.Record {
+	next := maps.Clone(last)
+	for name := range r.dirtyServices {
+		var list []*federation.Record
+		for _, byName := range r.records {
+			if state := byName[name]; state != nil {
+				if record := state.assemble(); record != nil {
+					list = append(list, record)
+				}
+			}
+		}
+		if len(list) == 0 {
+			delete(next, name)
+			continue
+		}
+		slices.SortFunc(list, func(a, b *federation.Record) int {
+			return cmp.Or(a.Created.Compare(b.Created), cmp.Compare(a.Source, b.Source))
+		})
+		next[name] = list
+	}
+	return next
+}
+
+func (r *replica) publishMembers() map[federation.ClusterID]*federation.Cluster {
+	clusters := make(map[federation.ClusterID]*federation.Cluster, len(r.members))
+	r.memberViews = make(map[federation.ClusterID]*registry.Member, len(r.members))
+	for id, state := range r.members {
+		if state.member == nil {
+			continue
+		}
+		m := state.member.Clone()
+		m.Conditions = state.conditions
+		r.memberViews[id] = m
+		clusters[id] = &m.Cluster
+	}
+	return clusters
+}
+
+func (r *replica) publishGateways() map[federation.Network][]*federation.Gateway {
+	next := map[federation.Network][]*federation.Gateway{}
+	for _, g := range r.gateways {
+		next[g.Network] = append(next[g.Network], g)
+	}
+	for _, list := range next {
+		slices.SortFunc(list, func(a, b *federation.Gateway) int {
+			return cmp.Or(cmp.Compare(a.Source, b.Source), cmp.Compare(a.Name, b.Name))
+		})
+	}
+	return next
+}
+
+func (r *replica) publishObjects() []*federation.Object {
+	next := slices.Collect(maps.Values(r.objects))
+	slices.SortFunc(next, func(a, b *federation.Object) int {
+		return cmp.Or(cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name),
+			a.Created.Compare(b.Created), cmp.Compare(a.Source, b.Source), cmp.Compare(a.APIVersion, b.APIVersion))
+	})
+	return next
+}
+
+func (r *replica) publishVMs() {
+	r.vmViews = make(map[registry.VMName]*registry.VM, len(r.vms))
+	for name, state := range r.vms {
+		if state.vm == nil {
+			continue
+		}
+		vm := *state.vm
+		vm.Health, vm.Present = state.health, state.present
+		r.vmViews[name] = &vm
+	}
+}
