@@ -110,17 +110,17 @@ func walk(object map[string]any, o Options, result *Result) (bool, error) {
 	kind, _ := object["kind"].(string)
 	if strings.HasSuffix(kind, "List") {
 		items, _ := object["items"].([]any)
-		any := false
+		some := false
 		for _, item := range items {
 			if inner, ok := item.(map[string]any); ok {
 				changed, err := walk(inner, o, result)
 				if err != nil {
 					return false, err
 				}
-				any = any || changed
+				some = some || changed
 			}
 		}
-		return any, nil
+		return some, nil
 	}
 	path, ok := templates[kind]
 	if !ok {
