@@ -122,6 +122,26 @@ func TestSameRangesOnBothNetworks(t *testing.T) {
 	}
 }
 
+func TestAddressMovesAtOnce(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	n1 := must(w.Network("n1", bed.NetworkConfig{}))(t)
+	caller := pod(t, n1, "caller", "10.244.1.2")
+	for _, name := range []string{"db-0", "db-0", "other", "db-0"} {
+		at := must(w.Namespace(name))(t)
+		if err := n1.Attach(at, netip.MustParseAddr("10.244.1.3")); err != nil {
+			t.Fatal(err)
+		}
+		serve(t, at, name)
+		if body, err := reach(t, caller, "10.244.1.3:8080"); err != nil || body != name {
+			t.Errorf("got %q, %v; want %s, the pod that has the address now", body, err, name)
+		}
+		if err := at.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 func TestRouterBalances(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)

@@ -31,8 +31,8 @@ func (n *Namespace) fork(cmd *exec.Cmd) error {
 			done <- n.fork(cmd)
 			return
 		}
-		if err := unix.Setns(int(n.file.Fd()), unix.CLONE_NEWNET); err != nil {
-			done <- fmt.Errorf("enter network namespace: %w", err)
+		if err := n.visit(); err != nil {
+			done <- err
 			return
 		}
 		if err := enter(); err != nil {

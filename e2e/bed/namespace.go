@@ -151,11 +151,25 @@ func (n *Namespace) Setenv(name, value string) {
 // there, whoever uses it later. Goroutines that fn starts are not in it.
 func (n *Namespace) Do(fn func() error) error {
 	return onThread(func() error {
-		if err := unix.Setns(int(n.file.Fd()), unix.CLONE_NEWNET); err != nil {
-			return fmt.Errorf("enter namespace %s: %w", n.name, err)
+		if err := n.visit(); err != nil {
+			return err
 		}
 		return fn()
 	})
+}
+
+// visit moves the calling thread into the namespace. A namespace that is closed
+// meanwhile is not somebody else's with the same descriptor.
+func (n *Namespace) visit() error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.closed {
+		return fmt.Errorf("enter namespace %s: %w", n.name, os.ErrClosed)
+	}
+	if err := unix.Setns(int(n.file.Fd()), unix.CLONE_NEWNET); err != nil {
+		return fmt.Errorf("enter namespace %s: %w", n.name, err)
+	}
+	return nil
 }
 
 // onThread calls fn on a thread of its own and takes the thread back to where
@@ -242,6 +256,9 @@ func (n *Namespace) Close() error {
 		killAll(map[string]bool{n.space: true})
 	}
 	if n.links != nil {
+		if !n.world.closing() {
+			n.unplug()
+		}
 		n.links.Close()
 	}
 	if n.file != nil {
@@ -253,6 +270,20 @@ func (n *Namespace) Close() error {
 		err = nil // it was never mounted
 	}
 	return errors.Join(err, os.Remove(n.path))
+}
+
+// unplug removes the namespace's interfaces at once, so that its name and
+// addresses are free: the kernel clears a namespace when it finds the time.
+func (n *Namespace) unplug() {
+	links, err := n.links.LinkList()
+	if err != nil {
+		return // what remains goes with the namespace
+	}
+	for _, link := range links {
+		if link.Type() == "veth" {
+			n.links.LinkDel(link)
+		}
+	}
 }
 
 // killAll kills the processes in the network namespaces and names them.

@@ -217,6 +217,13 @@ func (w *World) adopt(n *Namespace) error {
 	return nil
 }
 
+// closing reports whether Close has begun.
+func (w *World) closing() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.closed
+}
+
 // forget undoes adopt.
 func (w *World) forget(n *Namespace) {
 	w.mu.Lock()
