@@ -5,6 +5,7 @@ package ca
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -62,7 +63,8 @@ const maxAuditText = 1024
 var auditGenesis = hex.EncodeToString(make([]byte, sha256.Size))
 
 // AuditLog is an Audit in a file: JSON lines, each with the hash of the one before, appended and never changed.
-// One process writes a log. Lines are with the operating system when Append returns; Sync brings them to disk.
+// One process writes a log. Lines are with the operating system when Append returns, and survive the
+// end of the process; Run brings them to disk.
 type AuditLog struct {
 	mu      sync.Mutex
 	file    *os.File
@@ -73,6 +75,9 @@ type AuditLog struct {
 }
 
 var _ Audit = (*AuditLog)(nil)
+
+// auditSyncEvery is how much of the log a loss of power may cost.
+const auditSyncEvery = 5 * time.Second
 
 // AuditHead is the last line of a log: keep it elsewhere to notice a log that was cut short.
 type AuditHead struct {
@@ -192,8 +197,25 @@ func (l *AuditLog) Head() AuditHead {
 	return l.head
 }
 
-// Sync brings every line to disk.
-func (l *AuditLog) Sync() error { return l.file.Sync() }
+// Run brings what was written to disk every few seconds until ctx ends. A failure stops issuance: a disk that
+// does not take the log back is no place for one.
+func (l *AuditLog) Run(ctx context.Context) error {
+	ticker := time.NewTicker(auditSyncEvery)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-ticker.C:
+		}
+		if err := l.file.Sync(); err != nil {
+			l.mu.Lock()
+			l.failed = err
+			l.mu.Unlock()
+			return fmt.Errorf("%w: %w", ErrAudit, err)
+		}
+	}
+}
 
 // Close syncs and closes the log; Append fails from then on.
 func (l *AuditLog) Close() error { return errors.Join(l.file.Sync(), l.file.Close()) }
