@@ -3,10 +3,12 @@
 package bed
 
 import (
+	"errors"
 	"fmt"
 	"hash/fnv"
 	"net"
 	"net/netip"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -60,7 +62,26 @@ func (n *Namespace) plug(name string, addr netip.Prefix, hub *Namespace, bridge 
 	if err := n.assign(name, addr); err != nil {
 		return err
 	}
-	return n.links.LinkSetUp(link)
+	if err := n.links.LinkSetUp(link); err != nil {
+		return err
+	}
+	return errors.Join(hub.carries(attrs.Name), hub.carries(bridge), n.carries(name))
+}
+
+// carries waits until the kernel has noticed, which it does in the background,
+// that the interface is connected. Packets sent before that are lost, and the
+// first one to be lost is a question for an address, repeated after a second.
+func (n *Namespace) carries(name string) error {
+	return until(n.world.ctx, 5*time.Second, time.Millisecond, func() error {
+		link, err := n.links.LinkByName(name)
+		if err != nil {
+			return err
+		}
+		if state := link.Attrs().OperState; state != netlink.OperUp {
+			return fmt.Errorf("interface %s of %s is %s", name, n.name, state)
+		}
+		return nil
+	})
 }
 
 // assign gives an interface of the namespace a further address.

@@ -3,6 +3,7 @@
 package bed_test
 
 import (
+	"fmt"
 	"net/netip"
 	"os"
 	"slices"
@@ -69,17 +70,19 @@ func TestVMReboots(t *testing.T) {
 		chmod +x /etc/init.d/agent
 		ln -s ../init.d/agent /etc/rc2.d/S99agent
 		echo 192.0.2.1 elsewhere >>/etc/hosts`))(t)
-	if !slices.Contains(vm.Processes(), "sleep 1000") {
-		t.Fatalf("the daemon is not there: %q", vm.Processes())
-	}
+	eventually(t, "the daemon is there", func() error {
+		return unless(slices.Contains(vm.Processes(), "sleep 1000"), fmt.Sprint(vm.Processes()))
+	})
 	before := vm.Processes()
 	start := time.Now()
 	if err := vm.Reboot(); err != nil {
 		t.Fatal(err)
 	}
 	t.Logf("rebooted in %s", time.Since(start).Round(time.Millisecond))
-	after := vm.Processes()
-	if slices.Contains(after, "sleep 1000") || !slices.Contains(after, "sleep 2000") {
+	eventually(t, "the start script's process is there", func() error {
+		return unless(slices.Contains(vm.Processes(), "sleep 2000"), fmt.Sprint(vm.Processes()))
+	})
+	if after := vm.Processes(); slices.Contains(after, "sleep 1000") {
 		t.Errorf("before the reboot: %q, after: %q; want the start script's process alone", before, after)
 	}
 	if got := string(must(vm.ReadFile(ctx, "/var/log/booted"))(t)); got != "start by rc2.d\n" {
