@@ -25,17 +25,26 @@ type Server struct {
 	Log *slog.Logger
 }
 
-// Serve answers on both sockets, either of which may be nil, until ctx ends. It closes them.
+// Serve answers on both sockets, either of which may be nil, until ctx ends or one of
+// them fails. It closes them.
 func (s *Server) Serve(ctx context.Context, packets net.PacketConn, streams net.Listener) error {
+	both, cancel := context.WithCancel(ctx)
+	defer cancel()
 	var all sync.WaitGroup
 	var packetErr, streamErr error
 	if packets != nil {
-		defer context.AfterFunc(ctx, func() { packets.Close() })()
-		all.Go(func() { packetErr = s.servePackets(packets) })
+		defer context.AfterFunc(both, func() { packets.Close() })()
+		all.Go(func() {
+			defer cancel()
+			packetErr = s.servePackets(packets)
+		})
 	}
 	if streams != nil {
-		defer context.AfterFunc(ctx, func() { streams.Close() })()
-		all.Go(func() { streamErr = s.serveStreams(ctx, streams) })
+		defer context.AfterFunc(both, func() { streams.Close() })()
+		all.Go(func() {
+			defer cancel()
+			streamErr = s.serveStreams(both, streams)
+		})
 	}
 	all.Wait()
 	if ctx.Err() != nil {

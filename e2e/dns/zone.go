@@ -217,4 +217,3 @@ func sorted(addrs []netip.Addr) []netip.Addr {
 func dashed(addr netip.Addr) string {
 	return strings.NewReplacer(".", "-", ":", "-").Replace(addr.String())
 }
-
