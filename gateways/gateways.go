@@ -40,6 +40,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
+	"github.com/isthmus-mesh/isthmus/config"
 	"github.com/isthmus-mesh/isthmus/federation"
 	"github.com/isthmus-mesh/isthmus/xds"
 )
@@ -54,20 +55,70 @@ const (
 var suffixes = []string{"*.svc." + federation.ClusterDomain, "*.svc." + federation.ClustersetDomain}
 
 // Build makes everything an east-west gateway is told, as xds.Build does for sidecars.
-// view must be that of xds.Proxy.Scope.
-func Build(view *federation.View, index xds.Index, proxy xds.Proxy) (xds.Resources, []federation.Finding) {
-	b := &build{view: view, index: index, out: map[string]map[string]xds.Resource{}}
-	b.put("Listener", xds.ListenerType, Listener, func() (validatable, error) { return listener(proxy) })
-	for _, s := range view.Services {
-		b.service(s)
+// view must be that of the proxy's scope.
+func Build(view *federation.View, index *config.Index, proxy xds.Proxy) (xds.Resources, []federation.Finding) {
+	b := &Builder{}
+	return b.BuildClass(view, index, b.Class(view, index, proxy))
+}
+
+// Builder is Build with a memory: it makes again only the services that have changed. It
+// is not safe for concurrent use.
+type Builder struct {
+	view  *federation.View
+	index *config.Index
+	parts map[*federation.Service]*part
+}
+
+// part is what one service contributes.
+type part struct {
+	resources map[string]map[string]xds.Resource // by type URL, then name
+	findings  []federation.Finding
+}
+
+// Class is what gateways of one network have in common.
+func (b *Builder) Class(_ *federation.View, _ *config.Index, proxy xds.Proxy) xds.Class {
+	return xds.GatewayClass(proxy)
+}
+
+// Forget does nothing: a gateway has no weights of other networks.
+func (b *Builder) Forget(...federation.ServiceName) {}
+
+// BuildClass makes everything the gateways of a class are told.
+func (b *Builder) BuildClass(view *federation.View, index *config.Index, class xds.Class) (xds.Resources, []federation.Finding) {
+	if b.index != index || b.view != nil && b.view.Scope != view.Scope {
+		b.parts = nil
 	}
+	parts := make(map[*federation.Service]*part, len(view.Services))
+	all := map[string]map[string]xds.Resource{}
+	var findings []federation.Finding
+	add := func(p *part) {
+		findings = append(findings, p.findings...)
+		for typeURL, byName := range p.resources {
+			if all[typeURL] == nil {
+				all[typeURL] = map[string]xds.Resource{}
+			}
+			maps.Copy(all[typeURL], byName)
+		}
+	}
+	frame := &part{}
+	frame.put("Listener "+Listener, xds.ListenerType, Listener, func() (validatable, error) { return listener(class.V6) })
+	add(frame)
+	for _, s := range view.Services {
+		p := b.parts[s]
+		if p == nil {
+			p = servicePart(index, s)
+		}
+		parts[s] = p
+		add(p)
+	}
+	b.view, b.index, b.parts = view, index, parts
 	resources := xds.Resources{}
-	for typeURL, byName := range b.out {
+	for typeURL, byName := range all {
 		for _, name := range slices.Sorted(maps.Keys(byName)) {
 			resources[typeURL] = append(resources[typeURL], byName[name])
 		}
 	}
-	return resources, b.findings
+	return resources, findings
 }
 
 type validatable interface {
@@ -75,14 +126,7 @@ type validatable interface {
 	ValidateAll() error
 }
 
-type build struct {
-	view     *federation.View
-	index    xds.Index
-	out      map[string]map[string]xds.Resource
-	findings []federation.Finding
-}
-
-func (b *build) put(object, typeURL, name string, make func() (validatable, error)) {
+func (p *part) put(object, typeURL, name string, make func() (validatable, error)) {
 	m, err := make()
 	if err == nil {
 		err = m.ValidateAll()
@@ -92,43 +136,55 @@ func (b *build) put(object, typeURL, name string, make func() (validatable, erro
 		r, err = xds.NewResource(name, m)
 	}
 	if err != nil {
-		b.findings = append(b.findings, federation.Finding{
+		p.findings = append(p.findings, federation.Finding{
 			Code: xds.CodeNotBuilt, Severity: federation.SeverityError, Object: object,
 			Message: fmt.Sprintf("%s cannot be built for the gateway and is left out: %v", name, err),
 		})
 		return
 	}
-	byName := b.out[typeURL]
-	if byName == nil {
-		byName = map[string]xds.Resource{}
-		b.out[typeURL] = byName
+	if p.resources == nil {
+		p.resources = map[string]map[string]xds.Resource{}
 	}
-	byName[name] = r
+	if p.resources[typeURL] == nil {
+		p.resources[typeURL] = map[string]xds.Resource{}
+	}
+	p.resources[typeURL][name] = r
+}
+
+// build makes the part of one service.
+type build struct {
+	part
+	index *config.Index
+	svc   *federation.Service
+}
+
+func servicePart(index *config.Index, s *federation.Service) *part {
+	b := &build{index: index, svc: s}
+	b.service()
+	return &b.part
 }
 
 // service makes a cluster for each port, subset and named pod.
-func (b *build) service(s *federation.Service) {
+func (b *build) service() {
+	s := b.svc
 	if s.Type == federation.ExternalName || slices.Contains(s.ExportTo, "~") {
 		return
 	}
-	var subsets map[string]map[string]string
-	if b.index != nil {
-		rule, _ := b.index.DestinationRule(s.Name.Namespace, nil, s.Name)
-		subsets = make(map[string]map[string]string, len(rule.GetSubsets()))
-		for _, subset := range rule.GetSubsets() {
-			subsets[subset.Name] = subset.Labels
-		}
+	rule, _ := b.index.DestinationRule(s.Name.Namespace, nil, s.Name)
+	subsets := make(map[string]map[string]string, len(rule.GetSubsets()))
+	for _, subset := range rule.GetSubsets() {
+		subsets[subset.Name] = subset.Labels
 	}
 	for _, port := range s.Ports {
-		b.cluster(s, federation.SNI(port.Number, "", s.Host), b.hosts(s, s.Endpoints, port.Number, nil))
+		b.at(federation.SNI(port.Number, "", s.Host))(b.hosts(s.Endpoints, port.Number, nil))
 		for name, labels := range subsets {
-			b.cluster(s, federation.SNI(port.Number, name, s.Host), b.hosts(s, s.Endpoints, port.Number, labels))
+			b.at(federation.SNI(port.Number, name, s.Host))(b.hosts(s.Endpoints, port.Number, labels))
 		}
 		for i := range s.Pods {
 			pod := &s.Pods[i]
 			if pod.Host == pod.SNIHost {
 				own := []federation.ServiceEndpoint{pod.Endpoint}
-				b.cluster(s, federation.SNI(port.Number, "", pod.SNIHost), b.hosts(s, own, port.Number, nil))
+				b.at(federation.SNI(port.Number, "", pod.SNIHost))(b.hosts(own, port.Number, nil))
 			}
 		}
 	}
@@ -136,7 +192,7 @@ func (b *build) service(s *federation.Service) {
 
 // hosts are the endpoints that other networks may reach here: those that are ready, or if
 // there are none those that still serve while they terminate.
-func (b *build) hosts(s *federation.Service, list []federation.ServiceEndpoint, port uint32, labels map[string]string) []*endpointv3.LbEndpoint {
+func (b *build) hosts(list []federation.ServiceEndpoint, port uint32, labels map[string]string) (hosts []*endpointv3.LbEndpoint, present bool) {
 	var ready, terminating []*endpointv3.LbEndpoint
 	for i := range list {
 		e := &list[i]
@@ -144,9 +200,10 @@ func (b *build) hosts(s *federation.Service, list []federation.ServiceEndpoint, 
 		if !ok || !e.Direct || !e.Mesh || len(e.Addresses) == 0 || !covers(labels, e.Labels) {
 			continue
 		}
-		if b.index != nil && b.index.MutualTLS(s.Name.Namespace, e.Labels, target) == "DISABLE" {
+		if b.index.MutualTLS(b.svc.Name.Namespace, e.Labels, target) == config.Disable {
 			continue
 		}
+		present = true
 		host := lbEndpoint(e.Addresses[0], target)
 		switch e.Health {
 		case federation.Ready:
@@ -156,9 +213,9 @@ func (b *build) hosts(s *federation.Service, list []federation.ServiceEndpoint, 
 		}
 	}
 	if len(ready) == 0 {
-		return terminating
+		return terminating, present
 	}
-	return ready
+	return ready, present
 }
 
 func covers(want, labels map[string]string) bool {
@@ -176,20 +233,27 @@ func lbEndpoint(ip netip.Addr, port uint32) *endpointv3.LbEndpoint {
 	}}
 }
 
-// cluster is made only for services that have something here. Its name is the SNI in
-// lower case, as Envoy compares it.
-func (b *build) cluster(s *federation.Service, sni string, hosts []*endpointv3.LbEndpoint) {
-	if len(hosts) == 0 {
+// cluster is made for services that have endpoints here, of whatever health: it must not
+// come and go with their readiness. Its name is the SNI in lower case, as Envoy compares
+// it.
+func (b *build) cluster(sni string, hosts []*endpointv3.LbEndpoint, present bool) {
+	if !present {
 		return
 	}
-	name, object := strings.ToLower(sni), "Service "+s.Name.String()
+	name, object := strings.ToLower(sni), "Service "+b.svc.Name.String()
 	b.put(object, xds.ClusterType, name, func() (validatable, error) { return cluster(name), nil })
 	b.put(object, xds.EndpointType, name, func() (validatable, error) {
-		return &endpointv3.ClusterLoadAssignment{
-			ClusterName: name,
-			Endpoints:   []*endpointv3.LocalityLbEndpoints{{LbEndpoints: hosts}},
-		}, nil
+		cla := &endpointv3.ClusterLoadAssignment{ClusterName: name}
+		if len(hosts) > 0 {
+			cla.Endpoints = []*endpointv3.LocalityLbEndpoints{{LbEndpoints: hosts}}
+		}
+		return cla, nil
 	})
+}
+
+// at is cluster with its first argument given.
+func (b *build) at(sni string) func([]*endpointv3.LbEndpoint, bool) {
+	return func(hosts []*endpointv3.LbEndpoint, present bool) { b.cluster(sni, hosts, present) }
 }
 
 func cluster(name string) *clusterv3.Cluster {
@@ -226,7 +290,7 @@ func keepalive() *corev3.TcpKeepalive {
 }
 
 // listener has the one chain. There is no default chain: what it does not take is closed.
-func listener(proxy xds.Proxy) (validatable, error) {
+func listener(v6 bool) (validatable, error) {
 	inspector, err := pack(&tlsinspectv3.TlsInspector{})
 	if err != nil {
 		return nil, err
@@ -265,7 +329,7 @@ func listener(proxy xds.Proxy) (validatable, error) {
 		TrafficDirection: corev3.TrafficDirection_INBOUND,
 		StatPrefix:       Listener,
 	}
-	if slices.ContainsFunc(proxy.Addresses, func(ip netip.Addr) bool { return !ip.Unmap().Is4() }) {
+	if v6 {
 		l.AdditionalAddresses = []*listenerv3.AdditionalAddress{{Address: socketAddress("::", xds.GatewayPort)}}
 	}
 	return l, nil

@@ -12,6 +12,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	networking "istio.io/api/networking/v1alpha3"
 
+	"github.com/isthmus-mesh/isthmus/config"
 	"github.com/isthmus-mesh/isthmus/federation"
 )
 
@@ -24,7 +25,7 @@ const (
 // Build makes everything a proxy is told. It is pure: equal arguments give equal bytes.
 // What cannot be built is left out, with a finding that names the object, and stops
 // nothing else.
-func Build(view *federation.View, index Index, proxy Proxy) (Resources, []federation.Finding) {
+func Build(view *federation.View, index *config.Index, proxy Proxy) (Resources, []federation.Finding) {
 	return (&Builder{}).Build(view, index, proxy)
 }
 
@@ -37,14 +38,14 @@ type validatable interface {
 // build is one computation for one class.
 type build struct {
 	view     *federation.View
-	index    Index
+	index    *config.Index
 	class    Class
 	labels   map[string]string // of the class
 	gateways bool              // some other network has a way in
 	weigh    func(federation.WeightKey, uint32) uint32
 }
 
-func newBuild(view *federation.View, index Index, class Class) *build {
+func newBuild(view *federation.View, index *config.Index, class Class) *build {
 	b := &build{view: view, index: index, class: class, labels: class.labels()}
 	for network, list := range view.Gateways {
 		b.gateways = b.gateways || network != view.Scope.Network && len(list) > 0
@@ -57,7 +58,7 @@ func (b *build) visible(s *federation.Service) bool {
 	if !s.VisibleTo(b.class.Namespace) {
 		return false
 	}
-	return b.index == nil || b.index.Imports(b.class.Namespace, b.labels, s.Name, 0)
+	return b.index.Imports(b.class.Namespace, b.labels, s.Name, 0)
 }
 
 func (b *build) split(s *federation.Service, port uint32, subset string, match func(map[string]string) bool) []federation.Group {
@@ -66,28 +67,15 @@ func (b *build) split(s *federation.Service, port uint32, subset string, match f
 
 // mode is what a workload's port asks of its callers.
 func (b *build) mode(namespace string, labels map[string]string, port uint32) mtlsMode {
-	if b.index == nil {
-		return permissive
-	}
-	switch m := mtlsMode(b.index.MutualTLS(namespace, labels, port)); m {
-	case strict, disabled:
-		return m
-	}
-	return permissive
+	return mtlsMode(b.index.MutualTLS(namespace, labels, port))
 }
 
 func (b *build) destinationRule(s *federation.Service) (*networking.DestinationRule, string) {
-	if b.index == nil {
-		return nil, ""
-	}
 	return b.index.DestinationRule(b.class.Namespace, b.labels, s.Name)
 }
 
 // virtualService are the routes that a VirtualService gives a port, none without one.
 func (b *build) virtualService(p *packer, s *federation.Service, port uint32, out *built) ([]*routev3.Route, string) {
-	if b.index == nil {
-		return nil, ""
-	}
 	vs, object := b.index.VirtualService(b.class.Namespace, b.labels, s.Host)
 	if len(vs.GetHttp()) == 0 {
 		return nil, ""
@@ -146,7 +134,7 @@ func (b *build) frame() built {
 		ports[i].mode = b.mode(b.class.Namespace, b.labels, ports[i].number)
 	}
 	rest := b.mode(b.class.Namespace, b.labels, 0)
-	registryOnly := b.index != nil && b.index.RegistryOnly(b.class.Namespace, b.labels)
+	registryOnly := b.index.RegistryOnly(b.class.Namespace, b.labels)
 
 	add(ListenerType, VirtualOutbound, func(p *packer) validatable { return p.virtualOutbound(f, registryOnly) })
 	add(ListenerType, VirtualInbound, func(p *packer) validatable { return p.virtualInbound(f, ports, rest) })

@@ -3,108 +3,118 @@
 package xds
 
 import (
+	networking "istio.io/api/networking/v1alpha3"
+
+	"github.com/isthmus-mesh/isthmus/config"
 	"github.com/isthmus-mesh/isthmus/federation"
 )
 
-// Builder is Build with a memory: it makes again only what a change can have touched,
-// with the same bytes as a full computation. It is not safe for concurrent use.
+// Builder is Build with a memory, for the proxies of one scope. What a service needs is
+// made once for all classes that treat it alike, and again only when something it depends
+// on has changed; the bytes are those of a full computation. It is not safe for
+// concurrent use.
 type Builder struct {
 	// Weigh may hold back changes of remote weights (see federation.Damper); nil means
-	// exact. A service whose weight it holds back is to be named to Forget when it lets go.
+	// exact. A service whose weight it held back is to be named to Forget when it lets go.
 	Weigh func(key federation.WeightKey, ready uint32) uint32
 
-	view    *federation.View // that ports was made for
-	ports   map[federation.WorkloadKey][]inboundPort
-	classes map[Class]*memory
+	view  *federation.View // what the following was made for
+	index *config.Index
+	ports map[federation.WorkloadKey][]inboundPort
+	parts map[partKey]*built
 }
 
-// memory is what was last built for a class.
-type memory struct {
-	view  *federation.View
-	index Index
-	parts map[*federation.Service]*built
+// partKey is all that the part of a service without a VirtualService depends on, beside
+// view and index.
+type partKey struct {
+	service     *federation.Service
+	rule        *networking.DestinationRule
+	trustDomain string
+	families    families
+}
+
+// move makes view and index current, and forgets what they make invalid.
+func (b *Builder) move(view *federation.View, index *config.Index) {
+	if b.view == view && b.index == index {
+		return
+	}
+	switch {
+	case b.parts == nil, b.index != index, !view.SameRoads(b.view), b.view != nil && b.view.Scope != view.Scope:
+		b.parts = map[partKey]*built{}
+	default:
+		for key := range b.parts {
+			if s, ok := view.Service(key.service.Name); !ok || s != key.service {
+				delete(b.parts, key)
+			}
+		}
+	}
+	b.view, b.index, b.ports = view, index, nil
 }
 
 // Class is the class of a proxy in a view.
-func (b *Builder) Class(view *federation.View, index Index, proxy Proxy) Class {
-	if b.view != view {
-		b.view, b.ports = view, inboundPorts(view)
+func (b *Builder) Class(view *federation.View, index *config.Index, proxy Proxy) Class {
+	b.move(view, index)
+	if b.ports == nil {
+		b.ports = inboundPorts(view)
 	}
-	var keys []string
-	if index != nil {
-		keys = index.SelectorKeys()
-	}
-	return classOf(proxy, b.ports[proxy.Workload], keys)
+	return classOf(proxy, b.ports[proxy.Workload], index.SelectorKeys())
 }
 
 // Build is the function Build.
-func (b *Builder) Build(view *federation.View, index Index, proxy Proxy) (Resources, []federation.Finding) {
+func (b *Builder) Build(view *federation.View, index *config.Index, proxy Proxy) (Resources, []federation.Finding) {
 	return b.BuildClass(view, index, b.Class(view, index, proxy))
 }
 
 // BuildClass makes everything the proxies of a class are told.
-func (b *Builder) BuildClass(view *federation.View, index Index, class Class) (Resources, []federation.Finding) {
-	old := b.classes[class]
-	if old != nil && (old.index != index || !view.SameRoads(old.view)) {
-		old = nil
-	}
+func (b *Builder) BuildClass(view *federation.View, index *config.Index, class Class) (Resources, []federation.Finding) {
+	b.move(view, index)
 	job := newBuild(view, index, class)
 	job.weigh = b.Weigh
-	fresh := &memory{view: view, index: index, parts: make(map[*federation.Service]*built, len(view.Services))}
-
 	frame := job.frame()
 	parts := []*built{&frame}
 	var seen []*federation.Service
 	for _, s := range view.Services {
-		if !job.visible(s) {
-			continue
+		if job.visible(s) {
+			seen = append(seen, s)
+			parts = append(parts, b.part(job, s))
 		}
-		seen = append(seen, s)
-		var part *built
-		if old != nil && !job.routed(s) {
-			part = old.parts[s]
-		}
-		if part == nil {
-			made := job.service(s)
-			part = &made
-		}
-		fresh.parts[s] = part
-		parts = append(parts, part)
 	}
 	table := job.nameTable(seen)
-	parts = append(parts, &table)
-	if b.classes == nil {
-		b.classes = map[Class]*memory{}
-	}
-	b.classes[class] = fresh
-	return gather(parts)
+	return gather(append(parts, &table))
 }
 
-// routed tells whether the service's routes may depend on other services.
-func (b *build) routed(s *federation.Service) bool {
-	if b.index == nil {
-		return false
+// part makes or remembers what one service needs. Routes of a VirtualService depend on
+// other services too, so they are always made again.
+func (b *Builder) part(job *build, s *federation.Service) *built {
+	if job.routed(s) {
+		made := job.service(s)
+		return &made
 	}
+	rule, _ := job.destinationRule(s)
+	key := partKey{service: s, rule: rule, trustDomain: job.class.TrustDomain, families: job.class.families()}
+	if part := b.parts[key]; part != nil {
+		return part
+	}
+	made := job.service(s)
+	b.parts[key] = &made
+	return &made
+}
+
+// routed tells whether the service has routes that users wrote.
+func (b *build) routed(s *federation.Service) bool {
 	vs, _ := b.index.VirtualService(b.class.Namespace, b.labels, s.Host)
 	return vs != nil
 }
 
-// Forget makes the services with these names be built again, for all classes.
+// Forget makes the services with these names be made again.
 func (b *Builder) Forget(names ...federation.ServiceName) {
-	for _, m := range b.classes {
-		for _, name := range names {
-			if s, ok := m.view.Service(name); ok {
-				delete(m.parts, s)
-			}
-		}
+	forget := make(map[federation.ServiceName]bool, len(names))
+	for _, n := range names {
+		forget[n] = true
 	}
-}
-
-// Keep drops what was built for classes that keep does not want.
-func (b *Builder) Keep(keep func(Class) bool) {
-	for c := range b.classes {
-		if !keep(c) {
-			delete(b.classes, c)
+	for key := range b.parts {
+		if forget[key.service.Name] {
+			delete(b.parts, key)
 		}
 	}
 }

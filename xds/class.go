@@ -46,6 +46,9 @@ func (p Proxy) Scope() federation.Scope {
 	return federation.Scope{Cluster: p.Cluster, Network: p.Network}
 }
 
+// GatewayClass is the class of an east-west gateway.
+func GatewayClass(p Proxy) Class { return classOf(p, nil, nil) }
+
 // classOf finds the class of a proxy. keys are the label keys that selectors look at.
 func classOf(p Proxy, ports []inboundPort, keys []string) Class {
 	c := Class{Scope: p.Scope(), Role: p.Role, TrustDomain: p.trustDomain()}

@@ -12,6 +12,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
+	"github.com/isthmus-mesh/isthmus/config"
 	"github.com/isthmus-mesh/isthmus/federation"
 )
 
@@ -30,9 +31,9 @@ type inboundPort struct {
 type mtlsMode string
 
 const (
-	permissive mtlsMode = "PERMISSIVE" // mutual TLS and plaintext
-	strict     mtlsMode = "STRICT"
-	disabled   mtlsMode = "DISABLE" // plaintext, or the application's own TLS
+	permissive mtlsMode = config.Permissive // mutual TLS and plaintext
+	strict     mtlsMode = config.Strict
+	disabled   mtlsMode = config.Disable // plaintext, or the application's own TLS
 )
 
 // virtualInbound takes every inbound connection. Its chains are told apart by port, then

@@ -1,0 +1,511 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package xdsserver
+
+import (
+	"context"
+	"log/slog"
+	"maps"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/isthmus-mesh/isthmus/config"
+	"github.com/isthmus-mesh/isthmus/federation"
+	"github.com/isthmus-mesh/isthmus/xds"
+)
+
+// Generator makes the resources of one role's proxies in one scope. xds.Builder is one.
+// It is never used concurrently.
+type Generator interface {
+	// Class is what the proxy has in common with those that get the same.
+	Class(view *federation.View, index *config.Index, proxy xds.Proxy) xds.Class
+	// BuildClass makes everything the proxies of a class are told.
+	BuildClass(view *federation.View, index *config.Index, class xds.Class) (xds.Resources, []federation.Finding)
+	// Forget makes services be made again although they did not change.
+	Forget(names ...federation.ServiceName)
+}
+
+// Weigh may hold back changes of remote weights, as in federation.Query.
+type Weigh func(key federation.WeightKey, ready uint32) uint32
+
+// PipelineConfig of a Pipeline.
+type PipelineConfig struct {
+	// Generators make, for each role, the generator of one scope.
+	Generators map[federation.ProxyRole]func(Weigh) Generator
+
+	// Prepare may change a snapshot before it is used, for example to resolve the host
+	// names of gateways; nil means as it is.
+	Prepare func(*federation.Snapshot) *federation.Snapshot
+
+	// Pace is the least time between two computations: a change after a quiet spell goes
+	// out at once, a burst is taken together. Zero means 20 ms.
+	Pace time.Duration
+
+	Log *slog.Logger     // nil means none
+	Now func() time.Time // nil means time.Now
+}
+
+// Pipeline turns snapshots into what each proxy is told: one view a scope, one
+// computation a class, and a wake-up only for feeds whose bytes have changed. It is a
+// Source. Before its first snapshot nobody is served.
+type Pipeline struct {
+	config  PipelineConfig
+	metrics *pipelineMetrics
+	wake    chan struct{} // capacity 1
+
+	mu       sync.Mutex
+	pending  *federation.Snapshot // given, not yet computed
+	snapshot *federation.Snapshot
+	index    *config.Index
+	scopes   map[federation.Scope]*scope
+	classes  map[xds.Class]*class
+	feeds    map[*feed]struct{}
+	gone     map[federation.WorkloadKey]time.Time // workloads that were there once
+	computed chan struct{}                        // closed after each computation
+}
+
+// scope is what the feeds of one scope share.
+type scope struct {
+	view       *federation.View
+	damper     *federation.Damper
+	generators map[federation.ProxyRole]Generator
+	used       bool
+}
+
+// class is what was last made for a class.
+type class struct {
+	view      *federation.View
+	index     *config.Index
+	round     uint64
+	resources xds.Resources
+	findings  []federation.Finding
+	used      bool
+}
+
+// remembered is how long a deleted workload is refused rather than waited for.
+const remembered = time.Hour
+
+// NewPipeline makes a pipeline. Run moves it.
+func NewPipeline(c PipelineConfig) *Pipeline {
+	if c.Pace == 0 {
+		c.Pace = 20 * time.Millisecond
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	if c.Now == nil {
+		c.Now = time.Now
+	}
+	return &Pipeline{
+		config: c, metrics: newPipelineMetrics(), wake: make(chan struct{}, 1),
+		scopes: map[federation.Scope]*scope{}, classes: map[xds.Class]*class{},
+		feeds: map[*feed]struct{}{}, gone: map[federation.WorkloadKey]time.Time{},
+		computed: make(chan struct{}),
+	}
+}
+
+// Update hands over the newest snapshot. It returns at once; an older one that was not
+// computed yet is skipped.
+func (p *Pipeline) Update(s *federation.Snapshot) {
+	p.mu.Lock()
+	p.pending = s
+	p.mu.Unlock()
+	p.Refresh()
+}
+
+// Refresh computes the last snapshot again, for when what Prepare knows has changed.
+func (p *Pipeline) Refresh() {
+	select {
+	case p.wake <- struct{}{}:
+	default:
+	}
+}
+
+// Run computes until the context ends.
+func (p *Pipeline) Run(ctx context.Context) error {
+	timer := time.NewTimer(time.Hour)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-p.wake:
+		case <-timer.C:
+		}
+		wait := p.compute()
+		timer.Reset(wait)
+		pause := time.NewTimer(p.config.Pace)
+		select {
+		case <-ctx.Done():
+			pause.Stop()
+			return ctx.Err()
+		case <-pause.C:
+		}
+	}
+}
+
+// compute brings every feed up to the newest snapshot, and tells when a weight that was
+// held back may go.
+func (p *Pipeline) compute() time.Duration {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	given := p.pending
+	if given == nil {
+		return time.Hour
+	}
+	start := p.config.Now()
+	p.adopt(given)
+	p.letGo(start)
+	for _, s := range p.scopes {
+		s.used = false
+	}
+	for _, c := range p.classes {
+		c.used = false
+	}
+	woken := 0
+	for f := range p.feeds {
+		if p.feedIt(f) {
+			woken++
+		}
+	}
+	p.sweep()
+	close(p.computed)
+	p.computed = make(chan struct{})
+	p.metrics.computed(p.config.Now().Sub(start), woken)
+	return p.nextDue()
+}
+
+// adopt takes a snapshot, and notes which workloads are gone since the last one.
+func (p *Pipeline) adopt(given *federation.Snapshot) {
+	s := given
+	if p.config.Prepare != nil {
+		s = p.config.Prepare(given)
+	}
+	now := p.config.Now()
+	if p.snapshot != nil {
+		for key := range p.snapshot.Workloads {
+			if _, ok := s.Workloads[key]; !ok {
+				p.gone[key] = now
+			}
+		}
+	}
+	maps.DeleteFunc(p.gone, func(key federation.WorkloadKey, at time.Time) bool {
+		_, back := s.Workloads[key]
+		return back || now.Sub(at) > remembered
+	})
+	if p.snapshot != s {
+		p.index = config.NewFrom(p.index, s)
+	}
+	p.snapshot = s
+}
+
+// letGo makes the services be made again whose weights were held back long enough.
+func (p *Pipeline) letGo(now time.Time) {
+	for _, s := range p.scopes {
+		due := s.damper.Due(now)
+		if len(due) == 0 {
+			continue
+		}
+		names := make([]federation.ServiceName, 0, len(due))
+		for _, key := range due {
+			names = append(names, key.Service)
+		}
+		for _, g := range s.generators {
+			g.Forget(names...)
+		}
+		s.view = nil // the same services, another split
+	}
+}
+
+func (p *Pipeline) nextDue() time.Duration {
+	wait := time.Hour
+	now := p.config.Now()
+	for _, s := range p.scopes {
+		if at, ok := s.damper.Next(); ok {
+			wait = min(wait, max(at.Sub(now), time.Millisecond))
+		}
+	}
+	return wait
+}
+
+// feedIt recomputes what one feed is told, and tells whether that has changed.
+func (p *Pipeline) feedIt(f *feed) bool {
+	if w := p.snapshot.Workloads[f.key]; w != nil {
+		f.subject = xds.ProxyOf(w, f.peer.TrustDomain)
+	}
+	frame, ok := p.frame(f.subject)
+	if !ok {
+		return false
+	}
+	return f.put(frame)
+}
+
+// frame makes or finds what a proxy is told now.
+func (p *Pipeline) frame(proxy xds.Proxy) (Frame, bool) {
+	at := proxy.Scope()
+	s := p.scopes[at]
+	if s == nil {
+		s = &scope{damper: &federation.Damper{}, generators: map[federation.ProxyRole]Generator{}}
+		p.scopes[at] = s
+	}
+	s.used = true
+	if s.view == nil || s.view.Revision != p.snapshot.Revision {
+		s.view = p.snapshot.ViewFrom(s.view, at)
+	}
+	g := s.generators[proxy.Role]
+	if g == nil {
+		factory := p.config.Generators[proxy.Role]
+		if factory == nil {
+			return Frame{}, false
+		}
+		damper := s.damper
+		g = factory(func(key federation.WeightKey, ready uint32) uint32 {
+			return damper.Weight(p.config.Now(), key, ready)
+		})
+		s.generators[proxy.Role] = g
+	}
+	kind := g.Class(s.view, p.index, proxy)
+	c := p.classes[kind]
+	if c == nil {
+		c = &class{}
+		p.classes[kind] = c
+	}
+	c.used = true
+	if c.view != s.view || c.index != p.index {
+		resources, findings := g.BuildClass(s.view, p.index, kind)
+		c.view, c.index, c.findings = s.view, p.index, findings
+		c.resources = keepLists(c.resources, resources)
+		p.metrics.builds.Inc()
+	}
+	return Frame{Proxy: proxy, Class: kind.String(), Revision: p.snapshot.Revision, Resources: c.resources}, true
+}
+
+// keepLists shares every list that has not changed with what was there before, so that
+// equality can be seen without comparing; if none has, it is the very same map.
+func keepLists(old, fresh xds.Resources) xds.Resources {
+	same := len(old) == len(fresh)
+	for typeURL, list := range fresh {
+		if equalLists(old[typeURL], list) {
+			fresh[typeURL] = old[typeURL]
+		} else {
+			same = false
+		}
+	}
+	if same && old != nil {
+		return old
+	}
+	return fresh
+}
+
+func equalLists(a, b []xds.Resource) bool {
+	if len(a) != len(b) || a == nil != (b == nil) {
+		return false
+	}
+	for i := range a {
+		if a[i].Name != b[i].Name || a[i].Version != b[i].Version {
+			return false
+		}
+	}
+	return true
+}
+
+// sweep drops what no feed uses.
+func (p *Pipeline) sweep() {
+	maps.DeleteFunc(p.scopes, func(_ federation.Scope, s *scope) bool { return !s.used })
+	maps.DeleteFunc(p.classes, func(_ xds.Class, c *class) bool { return !c.used })
+}
+
+// Attach implements Source.
+func (p *Pipeline) Attach(ctx context.Context, peer Peer) (Feed, error) {
+	for {
+		f, wait, err := p.attach(peer)
+		if f != nil || err != nil {
+			return f, err
+		}
+		select {
+		case <-wait:
+		case <-ctx.Done():
+			return nil, p.tooLate(peer)
+		}
+	}
+}
+
+func (p *Pipeline) tooLate(peer Peer) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.snapshot == nil {
+		return status.Error(codes.Unavailable, "this replica has not read its store yet; try again")
+	}
+	return status.Errorf(codes.Unavailable, "workload %s of %s is not known yet; try again", peer.Workload.UID, peer.Workload.Source)
+}
+
+// attach is one try. Without a feed and an error, the channel says when to try again.
+func (p *Pipeline) attach(peer Peer) (*feed, <-chan struct{}, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.snapshot == nil {
+		return nil, p.computed, nil
+	}
+	w := p.snapshot.Workloads[peer.Workload]
+	switch {
+	case w == nil && !p.gone[peer.Workload].IsZero():
+		return nil, nil, status.Errorf(codes.PermissionDenied, "workload %s of %s has been deleted", peer.Workload.UID, peer.Workload.Source)
+	case w == nil:
+		return nil, p.computed, nil
+	case w.Namespace != peer.Namespace || w.ServiceAccount != peer.ServiceAccount:
+		return nil, nil, status.Errorf(codes.PermissionDenied, "workload %s is %s/%s with service account %q, not %s with %q",
+			peer.Workload.UID, w.Namespace, w.Name, w.ServiceAccount, peer.Namespace, peer.ServiceAccount)
+	}
+	f := &feed{pipeline: p, key: peer.Workload, peer: peer, subject: xds.ProxyOf(w, peer.TrustDomain), changed: make(chan struct{}, 1)}
+	frame, ok := p.frame(f.subject)
+	if !ok {
+		return nil, nil, status.Errorf(codes.FailedPrecondition, "proxies of role %q are not served here", w.Role)
+	}
+	f.put(frame)
+	p.feeds[f] = struct{}{}
+	return f, nil, nil
+}
+
+// Findings are what views, configuration and translation have to say, for the classes
+// that are connected; of proxies that are not, nothing is known.
+func (p *Pipeline) Findings() []federation.Finding {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	seen := map[federation.Finding]bool{}
+	var out []federation.Finding
+	add := func(list []federation.Finding) {
+		for _, f := range list {
+			if !seen[f] {
+				seen[f] = true
+				out = append(out, f)
+			}
+		}
+	}
+	for _, s := range p.scopes {
+		if s.view != nil {
+			add(s.view.Findings)
+		}
+	}
+	for _, c := range p.classes {
+		add(c.findings)
+	}
+	return out
+}
+
+// Synced tells whether a first snapshot has been computed.
+func (p *Pipeline) Synced() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.snapshot != nil
+}
+
+// feed implements Feed.
+type feed struct {
+	pipeline *Pipeline
+	key      federation.WorkloadKey
+	peer     Peer
+	changed  chan struct{}
+
+	subject xds.Proxy // under the pipeline's lock
+
+	mu      sync.Mutex
+	current Frame
+}
+
+// put sets the frame and wakes the reader if its resources are others.
+func (f *feed) put(frame Frame) bool {
+	f.mu.Lock()
+	changed := !sameResources(f.current.Resources, frame.Resources)
+	f.current = frame
+	f.mu.Unlock()
+	if changed {
+		select {
+		case f.changed <- struct{}{}:
+		default:
+		}
+	}
+	return changed
+}
+
+// sameResources compares by identity of the lists.
+func sameResources(a, b xds.Resources) bool {
+	if len(a) != len(b) {
+		return false
+	}
+	for typeURL, list := range b {
+		if !sameList(a[typeURL], list) {
+			return false
+		}
+	}
+	return true
+}
+
+// Current implements Feed.
+func (f *feed) Current() Frame {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.current
+}
+
+// Changed implements Feed.
+func (f *feed) Changed() <-chan struct{} { return f.changed }
+
+// Close implements Feed.
+func (f *feed) Close() {
+	f.pipeline.mu.Lock()
+	defer f.pipeline.mu.Unlock()
+	delete(f.pipeline.feeds, f)
+}
+
+type pipelineMetrics struct {
+	builds   prometheus.Counter
+	duration prometheus.Histogram
+	woken    prometheus.Counter
+	classes  *prometheus.Desc
+}
+
+func newPipelineMetrics() *pipelineMetrics {
+	name := func(s string) prometheus.Opts {
+		return prometheus.Opts{Namespace: "isthmus", Subsystem: "xds", Name: s}
+	}
+	builds, woken := name("class_builds_total"), name("streams_woken_total")
+	builds.Help, woken.Help = "Computations of a proxy class.", "Streams that were woken because their resources changed."
+	return &pipelineMetrics{
+		builds: prometheus.NewCounter(prometheus.CounterOpts(builds)),
+		woken:  prometheus.NewCounter(prometheus.CounterOpts(woken)),
+		duration: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Namespace: "isthmus", Subsystem: "xds", Name: "computation_seconds",
+			Help:    "From a snapshot to the resources of all connected classes.",
+			Buckets: []float64{.0005, .001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5},
+		}),
+		classes: prometheus.NewDesc("isthmus_xds_proxy_classes", "Proxy classes that are connected.", nil, nil),
+	}
+}
+
+func (m *pipelineMetrics) computed(took time.Duration, woken int) {
+	m.duration.Observe(took.Seconds())
+	m.woken.Add(float64(woken))
+}
+
+// Describe implements prometheus.Collector.
+func (p *Pipeline) Describe(ch chan<- *prometheus.Desc) {
+	p.metrics.builds.Describe(ch)
+	p.metrics.woken.Describe(ch)
+	p.metrics.duration.Describe(ch)
+	ch <- p.metrics.classes
+}
+
+// Collect implements prometheus.Collector.
+func (p *Pipeline) Collect(ch chan<- prometheus.Metric) {
+	p.metrics.builds.Collect(ch)
+	p.metrics.woken.Collect(ch)
+	p.metrics.duration.Collect(ch)
+	p.mu.Lock()
+	n := len(p.classes)
+	p.mu.Unlock()
+	ch <- prometheus.MustNewConstMetric(p.metrics.classes, prometheus.GaugeValue, float64(n))
+}
