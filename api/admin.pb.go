@@ -2845,8 +2845,11 @@ type Proxy struct {
 	AgentVersion       string                 `protobuf:"bytes,12,opt,name=agent_version,json=agentVersion,proto3" json:"agent_version,omitempty"`
 	EnvoyVersion       string                 `protobuf:"bytes,13,opt,name=envoy_version,json=envoyVersion,proto3" json:"envoy_version,omitempty"`
 	CertificateExpires *timestamppb.Timestamp `protobuf:"bytes,14,opt,name=certificate_expires,json=certificateExpires,proto3" json:"certificate_expires,omitempty"`
-	unknownFields      protoimpl.UnknownFields
-	sizeCache          protoimpl.SizeCache
+	// Whether it has acknowledged all that it is to have, and since when it has not.
+	Synced        bool                   `protobuf:"varint,15,opt,name=synced,proto3" json:"synced,omitempty"`
+	BehindSince   *timestamppb.Timestamp `protobuf:"bytes,16,opt,name=behind_since,json=behindSince,proto3" json:"behind_since,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Proxy) Reset() {
@@ -2977,14 +2980,30 @@ func (x *Proxy) GetCertificateExpires() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *Proxy) GetSynced() bool {
+	if x != nil {
+		return x.Synced
+	}
+	return false
+}
+
+func (x *Proxy) GetBehindSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.BehindSince
+	}
+	return nil
+}
+
 // ProxyType is the state of one resource type on one proxy.
 type ProxyType struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Short: "LDS", "RDS", "CDS", "EDS", "SDS", "NDS".
-	Type         string `protobuf:"bytes,1,opt,name=type,proto3" json:"type,omitempty"`
-	SentVersion  string `protobuf:"bytes,2,opt,name=sent_version,json=sentVersion,proto3" json:"sent_version,omitempty"`
-	AckedVersion string `protobuf:"bytes,3,opt,name=acked_version,json=ackedVersion,proto3" json:"acked_version,omitempty"`
-	Resources    int32  `protobuf:"varint,4,opt,name=resources,proto3" json:"resources,omitempty"`
+	Type string `protobuf:"bytes,1,opt,name=type,proto3" json:"type,omitempty"`
+	// Of all resources together: proxies with equal versions have equal resources.
+	Version string `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"`
+	// When the last response was acknowledged.
+	Acked     *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=acked,proto3" json:"acked,omitempty"`
+	Resources int32                  `protobuf:"varint,4,opt,name=resources,proto3" json:"resources,omitempty"`
 	// "synced", "pending" or "rejected".
 	State string `protobuf:"bytes,5,opt,name=state,proto3" json:"state,omitempty"`
 	// Of a rejection, as Envoy words it.
@@ -3031,18 +3050,18 @@ func (x *ProxyType) GetType() string {
 	return ""
 }
 
-func (x *ProxyType) GetSentVersion() string {
+func (x *ProxyType) GetVersion() string {
 	if x != nil {
-		return x.SentVersion
+		return x.Version
 	}
 	return ""
 }
 
-func (x *ProxyType) GetAckedVersion() string {
+func (x *ProxyType) GetAcked() *timestamppb.Timestamp {
 	if x != nil {
-		return x.AckedVersion
+		return x.Acked
 	}
-	return ""
+	return nil
 }
 
 func (x *ProxyType) GetResources() int32 {
@@ -4612,7 +4631,7 @@ const file_admin_proto_rawDesc = "" +
 	"\vapi_version\x18\x01 \x01(\tR\n" +
 	"apiVersion\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12'\n" +
-	"\x05items\x18\x03 \x03(\v2\x11.isthmus.v1.ProxyR\x05items\"\xfe\x03\n" +
+	"\x05items\x18\x03 \x03(\v2\x11.isthmus.v1.ProxyR\x05items\"\xd5\x04\n" +
 	"\x05Proxy\x12\x1f\n" +
 	"\vapi_version\x18\x01 \x01(\tR\n" +
 	"apiVersion\x12\x12\n" +
@@ -4629,11 +4648,13 @@ const file_admin_proto_rawDesc = "" +
 	"\x05types\x18\v \x03(\v2\x15.isthmus.v1.ProxyTypeR\x05types\x12#\n" +
 	"\ragent_version\x18\f \x01(\tR\fagentVersion\x12#\n" +
 	"\renvoy_version\x18\r \x01(\tR\fenvoyVersion\x12K\n" +
-	"\x13certificate_expires\x18\x0e \x01(\v2\x1a.google.protobuf.TimestampR\x12certificateExpires\"\xe3\x01\n" +
+	"\x13certificate_expires\x18\x0e \x01(\v2\x1a.google.protobuf.TimestampR\x12certificateExpires\x12\x16\n" +
+	"\x06synced\x18\x0f \x01(\bR\x06synced\x12=\n" +
+	"\fbehind_since\x18\x10 \x01(\v2\x1a.google.protobuf.TimestampR\vbehindSince\"\xe7\x01\n" +
 	"\tProxyType\x12\x12\n" +
-	"\x04type\x18\x01 \x01(\tR\x04type\x12!\n" +
-	"\fsent_version\x18\x02 \x01(\tR\vsentVersion\x12#\n" +
-	"\racked_version\x18\x03 \x01(\tR\fackedVersion\x12\x1c\n" +
+	"\x04type\x18\x01 \x01(\tR\x04type\x12\x18\n" +
+	"\aversion\x18\x02 \x01(\tR\aversion\x120\n" +
+	"\x05acked\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x05acked\x12\x1c\n" +
 	"\tresources\x18\x04 \x01(\x05R\tresources\x12\x14\n" +
 	"\x05state\x18\x05 \x01(\tR\x05state\x12\x14\n" +
 	"\x05error\x18\x06 \x01(\tR\x05error\x120\n" +
@@ -4889,66 +4910,68 @@ var file_admin_proto_depIdxs = []int32{
 	59, // 42: isthmus.v1.Proxy.connected:type_name -> google.protobuf.Timestamp
 	38, // 43: isthmus.v1.Proxy.types:type_name -> isthmus.v1.ProxyType
 	59, // 44: isthmus.v1.Proxy.certificate_expires:type_name -> google.protobuf.Timestamp
-	59, // 45: isthmus.v1.ProxyType.since:type_name -> google.protobuf.Timestamp
-	41, // 46: isthmus.v1.ConfigObjectList.items:type_name -> isthmus.v1.ConfigObject
-	0,  // 47: isthmus.v1.ConfigObject.metadata:type_name -> isthmus.v1.Metadata
-	44, // 48: isthmus.v1.CheckReport.groups:type_name -> isthmus.v1.CheckGroup
-	2,  // 49: isthmus.v1.CheckGroup.findings:type_name -> isthmus.v1.Finding
-	0,  // 50: isthmus.v1.VM.metadata:type_name -> isthmus.v1.Metadata
-	46, // 51: isthmus.v1.VM.spec:type_name -> isthmus.v1.VMSpec
-	48, // 52: isthmus.v1.VM.status:type_name -> isthmus.v1.VMStatus
-	47, // 53: isthmus.v1.VMSpec.ports:type_name -> isthmus.v1.VMPort
-	1,  // 54: isthmus.v1.VMStatus.conditions:type_name -> isthmus.v1.Condition
-	59, // 55: isthmus.v1.VMStatus.token_expires:type_name -> google.protobuf.Timestamp
-	59, // 56: isthmus.v1.VMStatus.certificate_expires:type_name -> google.protobuf.Timestamp
-	59, // 57: isthmus.v1.VMStatus.last_report:type_name -> google.protobuf.Timestamp
-	45, // 58: isthmus.v1.OnboardVMRequest.vm:type_name -> isthmus.v1.VM
-	60, // 59: isthmus.v1.OnboardVMRequest.token_lifetime:type_name -> google.protobuf.Duration
-	45, // 60: isthmus.v1.OnboardVMResponse.vm:type_name -> isthmus.v1.VM
-	2,  // 61: isthmus.v1.OnboardVMResponse.findings:type_name -> isthmus.v1.Finding
-	45, // 62: isthmus.v1.VMList.items:type_name -> isthmus.v1.VM
-	45, // 63: isthmus.v1.OffboardVMResponse.vm:type_name -> isthmus.v1.VM
-	60, // 64: isthmus.v1.TailActivityRequest.since:type_name -> google.protobuf.Duration
-	59, // 65: isthmus.v1.Activity.time:type_name -> google.protobuf.Timestamp
-	4,  // 66: isthmus.v1.Admin.GetVersion:input_type -> isthmus.v1.GetVersionRequest
-	13, // 67: isthmus.v1.Admin.ListClusters:input_type -> isthmus.v1.ListClustersRequest
-	14, // 68: isthmus.v1.Admin.GetCluster:input_type -> isthmus.v1.GetClusterRequest
-	17, // 69: isthmus.v1.Admin.RegisterCluster:input_type -> isthmus.v1.RegisterClusterRequest
-	19, // 70: isthmus.v1.Admin.DescribeDeparture:input_type -> isthmus.v1.DescribeDepartureRequest
-	21, // 71: isthmus.v1.Admin.RemoveCluster:input_type -> isthmus.v1.RemoveClusterRequest
-	22, // 72: isthmus.v1.Admin.CheckReach:input_type -> isthmus.v1.CheckReachRequest
-	24, // 73: isthmus.v1.Admin.ProbePaths:input_type -> isthmus.v1.ProbePathsRequest
-	27, // 74: isthmus.v1.Admin.ListServices:input_type -> isthmus.v1.ListServicesRequest
-	32, // 75: isthmus.v1.Admin.ListEndpoints:input_type -> isthmus.v1.ListEndpointsRequest
-	35, // 76: isthmus.v1.Admin.ListProxies:input_type -> isthmus.v1.ListProxiesRequest
-	39, // 77: isthmus.v1.Admin.ListConfig:input_type -> isthmus.v1.ListConfigRequest
-	42, // 78: isthmus.v1.Admin.Check:input_type -> isthmus.v1.CheckRequest
-	49, // 79: isthmus.v1.Admin.OnboardVM:input_type -> isthmus.v1.OnboardVMRequest
-	51, // 80: isthmus.v1.Admin.ListVMs:input_type -> isthmus.v1.ListVMsRequest
-	53, // 81: isthmus.v1.Admin.OffboardVM:input_type -> isthmus.v1.OffboardVMRequest
-	55, // 82: isthmus.v1.Admin.TailActivity:input_type -> isthmus.v1.TailActivityRequest
-	5,  // 83: isthmus.v1.Admin.GetVersion:output_type -> isthmus.v1.VersionReport
-	15, // 84: isthmus.v1.Admin.ListClusters:output_type -> isthmus.v1.ClusterList
-	8,  // 85: isthmus.v1.Admin.GetCluster:output_type -> isthmus.v1.Cluster
-	18, // 86: isthmus.v1.Admin.RegisterCluster:output_type -> isthmus.v1.RegisterClusterResponse
-	20, // 87: isthmus.v1.Admin.DescribeDeparture:output_type -> isthmus.v1.Departure
-	3,  // 88: isthmus.v1.Admin.RemoveCluster:output_type -> isthmus.v1.Progress
-	23, // 89: isthmus.v1.Admin.CheckReach:output_type -> isthmus.v1.ReachReport
-	25, // 90: isthmus.v1.Admin.ProbePaths:output_type -> isthmus.v1.PathReport
-	28, // 91: isthmus.v1.Admin.ListServices:output_type -> isthmus.v1.ServiceList
-	33, // 92: isthmus.v1.Admin.ListEndpoints:output_type -> isthmus.v1.EndpointList
-	36, // 93: isthmus.v1.Admin.ListProxies:output_type -> isthmus.v1.ProxyList
-	40, // 94: isthmus.v1.Admin.ListConfig:output_type -> isthmus.v1.ConfigObjectList
-	43, // 95: isthmus.v1.Admin.Check:output_type -> isthmus.v1.CheckReport
-	50, // 96: isthmus.v1.Admin.OnboardVM:output_type -> isthmus.v1.OnboardVMResponse
-	52, // 97: isthmus.v1.Admin.ListVMs:output_type -> isthmus.v1.VMList
-	54, // 98: isthmus.v1.Admin.OffboardVM:output_type -> isthmus.v1.OffboardVMResponse
-	56, // 99: isthmus.v1.Admin.TailActivity:output_type -> isthmus.v1.Activity
-	83, // [83:100] is the sub-list for method output_type
-	66, // [66:83] is the sub-list for method input_type
-	66, // [66:66] is the sub-list for extension type_name
-	66, // [66:66] is the sub-list for extension extendee
-	0,  // [0:66] is the sub-list for field type_name
+	59, // 45: isthmus.v1.Proxy.behind_since:type_name -> google.protobuf.Timestamp
+	59, // 46: isthmus.v1.ProxyType.acked:type_name -> google.protobuf.Timestamp
+	59, // 47: isthmus.v1.ProxyType.since:type_name -> google.protobuf.Timestamp
+	41, // 48: isthmus.v1.ConfigObjectList.items:type_name -> isthmus.v1.ConfigObject
+	0,  // 49: isthmus.v1.ConfigObject.metadata:type_name -> isthmus.v1.Metadata
+	44, // 50: isthmus.v1.CheckReport.groups:type_name -> isthmus.v1.CheckGroup
+	2,  // 51: isthmus.v1.CheckGroup.findings:type_name -> isthmus.v1.Finding
+	0,  // 52: isthmus.v1.VM.metadata:type_name -> isthmus.v1.Metadata
+	46, // 53: isthmus.v1.VM.spec:type_name -> isthmus.v1.VMSpec
+	48, // 54: isthmus.v1.VM.status:type_name -> isthmus.v1.VMStatus
+	47, // 55: isthmus.v1.VMSpec.ports:type_name -> isthmus.v1.VMPort
+	1,  // 56: isthmus.v1.VMStatus.conditions:type_name -> isthmus.v1.Condition
+	59, // 57: isthmus.v1.VMStatus.token_expires:type_name -> google.protobuf.Timestamp
+	59, // 58: isthmus.v1.VMStatus.certificate_expires:type_name -> google.protobuf.Timestamp
+	59, // 59: isthmus.v1.VMStatus.last_report:type_name -> google.protobuf.Timestamp
+	45, // 60: isthmus.v1.OnboardVMRequest.vm:type_name -> isthmus.v1.VM
+	60, // 61: isthmus.v1.OnboardVMRequest.token_lifetime:type_name -> google.protobuf.Duration
+	45, // 62: isthmus.v1.OnboardVMResponse.vm:type_name -> isthmus.v1.VM
+	2,  // 63: isthmus.v1.OnboardVMResponse.findings:type_name -> isthmus.v1.Finding
+	45, // 64: isthmus.v1.VMList.items:type_name -> isthmus.v1.VM
+	45, // 65: isthmus.v1.OffboardVMResponse.vm:type_name -> isthmus.v1.VM
+	60, // 66: isthmus.v1.TailActivityRequest.since:type_name -> google.protobuf.Duration
+	59, // 67: isthmus.v1.Activity.time:type_name -> google.protobuf.Timestamp
+	4,  // 68: isthmus.v1.Admin.GetVersion:input_type -> isthmus.v1.GetVersionRequest
+	13, // 69: isthmus.v1.Admin.ListClusters:input_type -> isthmus.v1.ListClustersRequest
+	14, // 70: isthmus.v1.Admin.GetCluster:input_type -> isthmus.v1.GetClusterRequest
+	17, // 71: isthmus.v1.Admin.RegisterCluster:input_type -> isthmus.v1.RegisterClusterRequest
+	19, // 72: isthmus.v1.Admin.DescribeDeparture:input_type -> isthmus.v1.DescribeDepartureRequest
+	21, // 73: isthmus.v1.Admin.RemoveCluster:input_type -> isthmus.v1.RemoveClusterRequest
+	22, // 74: isthmus.v1.Admin.CheckReach:input_type -> isthmus.v1.CheckReachRequest
+	24, // 75: isthmus.v1.Admin.ProbePaths:input_type -> isthmus.v1.ProbePathsRequest
+	27, // 76: isthmus.v1.Admin.ListServices:input_type -> isthmus.v1.ListServicesRequest
+	32, // 77: isthmus.v1.Admin.ListEndpoints:input_type -> isthmus.v1.ListEndpointsRequest
+	35, // 78: isthmus.v1.Admin.ListProxies:input_type -> isthmus.v1.ListProxiesRequest
+	39, // 79: isthmus.v1.Admin.ListConfig:input_type -> isthmus.v1.ListConfigRequest
+	42, // 80: isthmus.v1.Admin.Check:input_type -> isthmus.v1.CheckRequest
+	49, // 81: isthmus.v1.Admin.OnboardVM:input_type -> isthmus.v1.OnboardVMRequest
+	51, // 82: isthmus.v1.Admin.ListVMs:input_type -> isthmus.v1.ListVMsRequest
+	53, // 83: isthmus.v1.Admin.OffboardVM:input_type -> isthmus.v1.OffboardVMRequest
+	55, // 84: isthmus.v1.Admin.TailActivity:input_type -> isthmus.v1.TailActivityRequest
+	5,  // 85: isthmus.v1.Admin.GetVersion:output_type -> isthmus.v1.VersionReport
+	15, // 86: isthmus.v1.Admin.ListClusters:output_type -> isthmus.v1.ClusterList
+	8,  // 87: isthmus.v1.Admin.GetCluster:output_type -> isthmus.v1.Cluster
+	18, // 88: isthmus.v1.Admin.RegisterCluster:output_type -> isthmus.v1.RegisterClusterResponse
+	20, // 89: isthmus.v1.Admin.DescribeDeparture:output_type -> isthmus.v1.Departure
+	3,  // 90: isthmus.v1.Admin.RemoveCluster:output_type -> isthmus.v1.Progress
+	23, // 91: isthmus.v1.Admin.CheckReach:output_type -> isthmus.v1.ReachReport
+	25, // 92: isthmus.v1.Admin.ProbePaths:output_type -> isthmus.v1.PathReport
+	28, // 93: isthmus.v1.Admin.ListServices:output_type -> isthmus.v1.ServiceList
+	33, // 94: isthmus.v1.Admin.ListEndpoints:output_type -> isthmus.v1.EndpointList
+	36, // 95: isthmus.v1.Admin.ListProxies:output_type -> isthmus.v1.ProxyList
+	40, // 96: isthmus.v1.Admin.ListConfig:output_type -> isthmus.v1.ConfigObjectList
+	43, // 97: isthmus.v1.Admin.Check:output_type -> isthmus.v1.CheckReport
+	50, // 98: isthmus.v1.Admin.OnboardVM:output_type -> isthmus.v1.OnboardVMResponse
+	52, // 99: isthmus.v1.Admin.ListVMs:output_type -> isthmus.v1.VMList
+	54, // 100: isthmus.v1.Admin.OffboardVM:output_type -> isthmus.v1.OffboardVMResponse
+	56, // 101: isthmus.v1.Admin.TailActivity:output_type -> isthmus.v1.Activity
+	85, // [85:102] is the sub-list for method output_type
+	68, // [68:85] is the sub-list for method input_type
+	68, // [68:68] is the sub-list for extension type_name
+	68, // [68:68] is the sub-list for extension extendee
+	0,  // [0:68] is the sub-list for field type_name
 }
 
 func init() { file_admin_proto_init() }

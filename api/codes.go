@@ -38,13 +38,18 @@ const (
 	ApplyFailed          Code = "MESH1024"
 	LeftBehind           Code = "MESH1025"
 	PortProtocolConflict Code = "MESH2201"
+	ServiceTypeConflict  Code = "MESH2202"
 	PortNameConflict     Code = "MESH2203"
+	OutsideGrant         Code = "MESH2204"
+	NoProxyBeside        Code = "MESH2205"
 	ClusterUnreachable   Code = "MESH3001"
 	ClusterNotSynced     Code = "MESH3002"
 	CredentialsExpired   Code = "MESH3003"
 	WatchLag             Code = "MESH3004"
 	ClusterNoGateway     Code = "MESH3005"
 	AnotherCluster       Code = "MESH3006"
+	ResourceNotBuilt     Code = "MESH4001"
+	PartlyTranslated     Code = "MESH4002"
 	ProxyPending         Code = "MESH4101"
 	ProxyRejected        Code = "MESH4102"
 	ConfigNotTranslated  Code = "MESH5001"
@@ -205,6 +210,21 @@ var explanations = map[Code]Explanation{
 		Meaning: "Services of one namespace and name are one service. Where their ports disagree in protocol, each cluster follows its own, and endpoints of records that disagree are left out of that port.",
 		Remedy:  "Give the port the same appProtocol or the same name prefix in every cluster.",
 	},
+	ServiceTypeConflict: {
+		Title:   "clusters disagree on the type or the visibility of a service",
+		Meaning: "One cluster has the service with a cluster IP and another one without, or one keeps it to itself. Each cluster follows its own; services of type ExternalName never merge.",
+		Remedy:  "Give the service the same type and the same annotations in every cluster, or another name in one of them.",
+	},
+	OutsideGrant: {
+		Title:   "a cluster offers something it was not granted",
+		Meaning: "Services, workloads and configuration outside of the grant of a cluster are left out, and identities outside of it are not issued.",
+		Remedy:  "If it should be allowed, run the join again with another --grant.",
+	},
+	NoProxyBeside: {
+		Title:   "endpoints have no proxy and are out of reach for other networks",
+		Meaning: "Gateways forward mutual TLS without ending it, so only a workload with a proxy can answer a call from another network. Callers on the same network reach these endpoints in plaintext.",
+		Remedy:  "Inject the proxy: mesh inject -f FILE | kubectl apply -f -",
+	},
 	PortNameConflict: {
 		Title:   "clusters name a port differently",
 		Meaning: "The number of a port is its key; traffic is not affected by a differing name.",
@@ -239,6 +259,16 @@ var explanations = map[Code]Explanation{
 		Title:   "another cluster answers behind a cluster's address",
 		Meaning: "The UID of kube-system behind the API server's address is not the one that joined. Nothing is read from it.",
 		Remedy:  "If the cluster was rebuilt: mesh join cluster NAME --replace. Otherwise correct its address: --api-server.",
+	},
+	ResourceNotBuilt: {
+		Title:   "a resource for proxies cannot be built",
+		Meaning: "The named object leads to a configuration that Envoy would refuse. Proxies that have an earlier version keep it; everything else is served.",
+		Remedy:  "Correct the object that the message names.",
+	},
+	PartlyTranslated: {
+		Title:   "part of a configuration object has no effect",
+		Meaning: "The object is in force, but for the named field, which this version does not translate or cannot honour there.",
+		Remedy:  "The message names the field and what would be right.",
 	},
 	ProxyPending: {
 		Title:   "a proxy has not acknowledged its configuration",

@@ -1,0 +1,239 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package apiserver answers the admin API of meshd: to the command line and to
+// scripts, on the admin port; and the reports and probes of agents, on the port
+// of ADS.
+//
+// It keeps nothing itself. What it says comes from the store, the authority, the
+// sources and the proxies of this replica, and what it changes it changes there.
+package apiserver
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"log/slog"
+	"net"
+	"net/http"
+	"strings"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc"
+
+	"github.com/isthmus-mesh/isthmus/api"
+	"github.com/isthmus-mesh/isthmus/ca"
+	"github.com/isthmus-mesh/isthmus/ca/attest"
+	"github.com/isthmus-mesh/isthmus/federation"
+	"github.com/isthmus-mesh/isthmus/registry"
+	"github.com/isthmus-mesh/isthmus/xds"
+	"github.com/isthmus-mesh/isthmus/xds/xdsserver"
+)
+
+// Authority is what is asked of the certificate authority; *ca.Authority is one.
+type Authority interface {
+	Bundle() ca.Bundle
+	Issuers() []ca.Issuer
+	Verify(chain []*x509.Certificate) (ca.Identity, error)
+	RevokedIdentity(ca.Identity) error
+	Revoke(ctx context.Context, source ca.Source, instance, reason string) error
+	Reinstate(ctx context.Context, source ca.Source, instance, reason string) error
+	Changed() <-chan struct{}
+}
+
+// Authenticator finds out who calls on the port of ADS; *attest.Attestor is one.
+type Authenticator interface {
+	Authenticate(ctx context.Context, e attest.Evidence) (attest.Identity, error)
+}
+
+// Tokens keeps join tokens; *etcd.Tokens of ca/etcd is one.
+type Tokens interface {
+	Create(ctx context.Context, what ca.JoinToken, ttl time.Duration) (string, ca.JoinToken, error)
+	List(ctx context.Context) ([]ca.JoinToken, error)
+	Void(ctx context.Context, network, name string) (int, error)
+}
+
+// Sources tells how the sources are that this replica syncs; *registry.Runner
+// does.
+type Sources interface {
+	Sources() []registry.SourceState
+}
+
+// Proxies are the proxies that are connected to this replica; *xdsserver.Server
+// has them.
+type Proxies interface {
+	Proxies() []xdsserver.ProxyStatus
+	// Disconnect ends the streams of the proxies that which wants to go, and
+	// returns how many there were.
+	Disconnect(which func(xds.Proxy) bool) int
+}
+
+// Peers asks the other replicas for what only they know. Replicas that do not
+// answer in time are left out.
+type Peers interface {
+	Proxies(ctx context.Context) []*api.Proxy
+	Clusters(ctx context.Context) []*api.Cluster
+	Disconnect(ctx context.Context, source federation.SourceID, instance, reason string) int
+}
+
+// HealthCheck is one of the conditions of meshd's own readiness.
+type HealthCheck struct {
+	Name string // "etcd", "authority", ...
+	Err  error  // nil: good
+}
+
+// Config of a Server. Fields that are not said to be optional are required.
+type Config struct {
+	Store         registry.Store
+	Authority     Authority
+	Authenticator Authenticator
+	Tokens        Tokens
+	Audit         ca.Audit
+
+	// AuditPath is the file of this replica's audit log, for TailActivity; empty
+	// means that there is none.
+	AuditPath string
+
+	// Optional: without Sources ages and lags are unknown, without Proxies there
+	// are none, without Peers this replica is the only one.
+	Sources Sources
+	Proxies Proxies
+	Peers   Peers
+
+	// ObjectStatus says what became of a configuration object of a primary;
+	// optional.
+	ObjectStatus func(*federation.Object) (status, message string)
+
+	// Findings of other rooms, for example of the translation to xDS; optional.
+	Findings func() []federation.Finding
+
+	// Certificate is what meshd's own probes of gateways present; optional.
+	Certificate func() *tls.Certificate
+
+	// Advertised are the "host:port" at which proxies find this mesh;
+	// AdminAddress is the one at which virtual machines find the onboarding
+	// script.
+	Advertised   []string
+	AdminAddress string
+
+	// Virtual are the ranges of virtual addresses; zero means the defaults.
+	Virtual federation.VirtualRanges
+
+	// CaptureTo are the ranges of addresses that virtual machines send through
+	// the mesh; empty means the default ranges of virtual addresses.
+	CaptureTo []string
+
+	// AgentBinary and EnvoyBinary are paths of the programs that virtual machines
+	// fetch, for an architecture in Go's spelling; "" if there is none. Optional.
+	AgentBinary, EnvoyBinary func(arch string) string
+
+	Replica  string
+	Version  string
+	Commit   string
+	EtcdMode string // "embedded" or "external"
+	Started  time.Time
+
+	// Health are the conditions of meshd's readiness; optional.
+	Health func() []HealthCheck
+
+	// DrainPause is how long a leaving cluster is kept after the last proxy has
+	// stopped sending to it, for connections that are under way. 15 s if zero.
+	DrainPause time.Duration
+
+	Clock func() time.Time // time.Now if nil
+	Log   *slog.Logger     // slog.Default() if nil
+}
+
+// Server answers the admin API. Its methods may be called concurrently.
+type Server struct {
+	api.UnimplementedAdminServer
+	cfg    Config
+	grpc   *grpc.Server
+	routes http.Handler
+	probes *probeHub
+
+	mu       sync.Mutex
+	findings snapshotFindings     // of the newest snapshot that was looked at
+	issued   map[string]time.Time // ends of join tokens that this replica made, by VM
+}
+
+var _ api.AdminServer = (*Server)(nil)
+
+// New makes a server.
+func New(cfg Config) (*Server, error) {
+	switch {
+	case cfg.Store == nil, cfg.Authority == nil, cfg.Authenticator == nil, cfg.Tokens == nil, cfg.Audit == nil:
+		return nil, errors.New("apiserver: Config.Store, Authority, Authenticator, Tokens and Audit are required")
+	case len(cfg.Advertised) == 0 || cfg.AdminAddress == "":
+		return nil, errors.New("apiserver: Config.Advertised and AdminAddress are required")
+	}
+	if cfg.DrainPause == 0 {
+		cfg.DrainPause = 15 * time.Second
+	}
+	if cfg.Clock == nil {
+		cfg.Clock = time.Now
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.Default()
+	}
+	s := &Server{cfg: cfg, probes: newProbeHub(), issued: map[string]time.Time{}}
+	s.grpc = grpc.NewServer(
+		grpc.ChainUnaryInterceptor(s.unaryAdmin), grpc.ChainStreamInterceptor(s.streamAdmin),
+		grpc.MaxRecvMsgSize(maxRequest),
+	)
+	api.RegisterAdminServer(s.grpc, s)
+	s.routes = s.mux()
+	return s, nil
+}
+
+// maxRequest bounds what a caller may send, in bytes.
+const maxRequest = 8 << 20
+
+// RegisterWorkloads puts the service for agents on the gRPC server of the port
+// of ADS.
+func (s *Server) RegisterWorkloads(r grpc.ServiceRegistrar) {
+	api.RegisterWorkloadsServer(r, &workloads{server: s})
+}
+
+// Handler answers everything on the admin port: gRPC, JSON, and what virtual
+// machines fetch. It must be served with TLS that asks for client certificates.
+func (s *Server) Handler() http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.ProtoMajor == 2 && strings.HasPrefix(r.Header.Get("Content-Type"), "application/grpc") {
+			s.grpc.ServeHTTP(w, r)
+			return
+		}
+		s.routes.ServeHTTP(w, r)
+	})
+}
+
+// shutdownGrace is how long calls may take to end when Serve ends.
+const shutdownGrace = 5 * time.Second
+
+// Serve answers on l until ctx ends; then it lets running calls end for a few
+// seconds. It always closes l.
+func (s *Server) Serve(ctx context.Context, l net.Listener, config *tls.Config) error {
+	srv := &http.Server{
+		Handler: s.Handler(), TLSConfig: config,
+		ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 5 * time.Minute,
+		ErrorLog: slog.NewLogLogger(s.cfg.Log.Handler(), slog.LevelDebug),
+		// Streams learn that the server ends.
+		BaseContext: func(net.Listener) context.Context { return ctx },
+	}
+	stopped := make(chan error, 1)
+	stop := context.AfterFunc(ctx, func() {
+		grace, cancel := context.WithTimeout(context.Background(), shutdownGrace)
+		defer cancel()
+		err := srv.Shutdown(grace)
+		if err != nil {
+			err = srv.Close()
+		}
+		stopped <- err
+	})
+	err := srv.ServeTLS(l, "", "")
+	if stop() { // it ended by itself
+		return err
+	}
+	return <-stopped
+}

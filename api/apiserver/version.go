@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package apiserver
+
+import (
+	"context"
+	"runtime"
+
+	"github.com/isthmus-mesh/isthmus/api"
+)
+
+// GetVersion implements api.AdminServer.
+func (s *Server) GetVersion(ctx context.Context, _ *api.GetVersionRequest) (*api.VersionReport, error) {
+	out := &api.VersionReport{ApiVersion: api.Version, Kind: "VersionReport", Server: &api.ServerVersion{
+		Version: s.cfg.Version, Commit: s.cfg.Commit, GoVersion: runtime.Version(), Replica: s.cfg.Replica,
+		Started: stamp(s.cfg.Started), TrustDomain: s.cfg.Authority.Bundle().TrustDomain.Name(), Etcd: s.cfg.EtcdMode,
+	}}
+	proxies := map[string]map[string]int32{}
+	for _, p := range s.proxies(ctx) {
+		if proxies[p.GetCluster()] == nil {
+			proxies[p.GetCluster()] = map[string]int32{}
+		}
+		version := "unknown"
+		if p.GetEnvoyVersion() != "" {
+			version = "envoy " + p.GetEnvoyVersion()
+		}
+		proxies[p.GetCluster()][version]++
+	}
+	for _, c := range s.clusters(ctx) {
+		name := c.GetMetadata().GetName()
+		out.Members = append(out.Members, &api.MemberVersion{
+			Cluster: name, Kubernetes: c.GetStatus().GetKubernetesVersion(), Proxies: proxies[name],
+		})
+	}
+	return out, nil
+}
