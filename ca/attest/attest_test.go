@@ -150,6 +150,7 @@ func TestTokenClaims(t *testing.T) {
 		"an exp that is text":          {set("exp", "tomorrow"), false, false},
 		"not bound to a pod":           {kubernetes(func(k map[string]any) { delete(k, "pod") }), false, false},
 		"no pod UID":                   {kubernetes(func(k map[string]any) { k["pod"] = map[string]any{"name": "x"} }), false, false},
+		"no pod name":                  {kubernetes(func(k map[string]any) { k["pod"] = map[string]any{"uid": "uid-0"} }), false, false},
 		"no account UID":               {kubernetes(func(k map[string]any) { k["serviceaccount"] = map[string]any{"name": "reviews"} }), false, false},
 		"no namespace":                 {kubernetes(func(k map[string]any) { k["namespace"] = "" }), false, false},
 		"a subject of another account": {set("sub", "system:serviceaccount:shop:admin"), false, false},

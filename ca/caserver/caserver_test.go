@@ -401,7 +401,14 @@ func TestAttackA36NoAuditNoCertificate(t *testing.T) {
 	a := s.dial(t)
 	token := s.east.Token(t, "shop", "reviews", "reviews-0", "uid-0")
 	audit.broken.Store(true)
-	_, err := a.ask(t, token, nil)
+	_, err := a.ask(t, token, nil) // not even an intermediate is made
+	wantCode(t, err, codes.Unavailable, "audit log")
+	audit.broken.Store(false)
+	if _, err := a.ask(t, token, nil); err != nil {
+		t.Fatal(err)
+	}
+	audit.broken.Store(true)
+	_, err = a.ask(t, token, nil)
 	wantCode(t, err, codes.Unavailable, "audit log")
 	audit.broken.Store(false)
 	if _, err := a.ask(t, token, nil); err != nil {
