@@ -476,7 +476,9 @@ type ServerVersion struct {
 	Started     *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=started,proto3" json:"started,omitempty"`
 	TrustDomain string                 `protobuf:"bytes,6,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
 	// "embedded" or "external".
-	Etcd          string `protobuf:"bytes,7,opt,name=etcd,proto3" json:"etcd,omitempty"`
+	Etcd string `protobuf:"bytes,7,opt,name=etcd,proto3" json:"etcd,omitempty"`
+	// Where proxies find meshd, "host:port".
+	Advertised    []string `protobuf:"bytes,8,rep,name=advertised,proto3" json:"advertised,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -558,6 +560,13 @@ func (x *ServerVersion) GetEtcd() string {
 		return x.Etcd
 	}
 	return ""
+}
+
+func (x *ServerVersion) GetAdvertised() []string {
+	if x != nil {
+		return x.Advertised
+	}
+	return nil
 }
 
 // MemberVersion is what one cluster runs.
@@ -4427,7 +4436,7 @@ const file_admin_proto_rawDesc = "" +
 	"apiVersion\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x121\n" +
 	"\x06server\x18\x03 \x01(\v2\x19.isthmus.v1.ServerVersionR\x06server\x123\n" +
-	"\amembers\x18\x04 \x03(\v2\x19.isthmus.v1.MemberVersionR\amembers\"\xe7\x01\n" +
+	"\amembers\x18\x04 \x03(\v2\x19.isthmus.v1.MemberVersionR\amembers\"\x87\x02\n" +
 	"\rServerVersion\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x16\n" +
 	"\x06commit\x18\x02 \x01(\tR\x06commit\x12\x1d\n" +
@@ -4436,7 +4445,10 @@ const file_admin_proto_rawDesc = "" +
 	"\areplica\x18\x04 \x01(\tR\areplica\x124\n" +
 	"\astarted\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\astarted\x12!\n" +
 	"\ftrust_domain\x18\x06 \x01(\tR\vtrustDomain\x12\x12\n" +
-	"\x04etcd\x18\a \x01(\tR\x04etcd\"\xc7\x01\n" +
+	"\x04etcd\x18\a \x01(\tR\x04etcd\x12\x1e\n" +
+	"\n" +
+	"advertised\x18\b \x03(\tR\n" +
+	"advertised\"\xc7\x01\n" +
 	"\rMemberVersion\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\x12\x1e\n" +
 	"\n" +

@@ -13,7 +13,7 @@ import (
 func (s *Server) GetVersion(ctx context.Context, _ *api.GetVersionRequest) (*api.VersionReport, error) {
 	out := &api.VersionReport{ApiVersion: api.Version, Kind: "VersionReport", Server: &api.ServerVersion{
 		Version: s.cfg.Version, Commit: s.cfg.Commit, GoVersion: runtime.Version(), Replica: s.cfg.Replica,
-		Started: stamp(s.cfg.Started), TrustDomain: s.cfg.Authority.Bundle().TrustDomain.Name(), Etcd: s.cfg.EtcdMode,
+		Started: stamp(s.cfg.Started), TrustDomain: s.cfg.Authority.Bundle().TrustDomain.Name(), Etcd: s.cfg.EtcdMode, Advertised: s.cfg.Advertised,
 	}}
 	proxies := map[string]map[string]int32{}
 	for _, p := range s.proxies(ctx) {

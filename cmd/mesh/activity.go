@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	"github.com/isthmus-mesh/isthmus/api"
+)
+
+func (s *session) activityCommand() *cobra.Command {
+	var since time.Duration
+	var follow bool
+	cmd := &cobra.Command{
+		Use:     "activity",
+		Short:   "Show who did what: joins, certificates, refusals",
+		Example: "  mesh activity --since 10m\n  mesh activity -f",
+		Args:    arguments(0, 0, ""),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return s.tail(cmd.Context(), &api.TailActivityRequest{Since: durationpb.New(since), Follow: follow})
+		},
+	}
+	cmd.Flags().StringVarP(&s.output, "output", "o", "table", "output: table or json (one record a line)")
+	cmd.Flags().DurationVar(&since, "since", time.Hour, "only what is younger")
+	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "go on as records are written")
+	return cmd
+}
+
+func (s *session) tail(ctx context.Context, req *api.TailActivityRequest) error {
+	c, err := s.connect()
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	stream, err := c.TailActivity(ctx, req)
+	if err != nil {
+		return s.rpcFailure("cannot read the activity", err)
+	}
+	for {
+		a, err := stream.Recv()
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return s.rpcFailure("cannot read the activity", err)
+		}
+		if s.output == "json" {
+			if err := writeJSONLine(s.stdout, a); err != nil {
+				return err
+			}
+			continue
+		}
+		s.printActivity(a)
+	}
+}
+
+func (s *session) printActivity(a *api.Activity) {
+	state := "ok"
+	if a.GetResult() != "ok" {
+		state = "failed"
+	}
+	line := fmt.Sprintf("%s  %s  %s", a.GetVerb(), a.GetObject(), a.GetActor())
+	if a.GetMessage() != "" {
+		line += "  " + a.GetMessage()
+	}
+	fmt.Fprintf(s.stdout, "%s %s %s\n", a.GetTime().AsTime().UTC().Format(time.RFC3339),
+		s.style(s.stdout).mark(state), printable(line))
+}

@@ -1,0 +1,241 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/url"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	authorizationv1 "k8s.io/api/authorization/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/client-go/dynamic"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
+
+	"github.com/isthmus-mesh/isthmus/api"
+	"github.com/isthmus-mesh/isthmus/registry/kube"
+)
+
+// member is a Kubernetes cluster as the person at the command line reaches it.
+type member struct {
+	context string // name in the kubeconfig; "" if it came otherwise
+	config  *rest.Config
+	server  *kube.API
+	objects dynamic.Interface
+}
+
+// clientConfig follows kubectl: --kubeconfig, KUBECONFIG, ~/.kube/config.
+func (s *session) clientConfig() clientcmd.ClientConfig {
+	rules := clientcmd.NewDefaultClientConfigLoadingRules()
+	rules.ExplicitPath = s.member.kubeconfig
+	return clientcmd.NewNonInteractiveDeferredLoadingClientConfig(rules, &clientcmd.ConfigOverrides{CurrentContext: s.member.context})
+}
+
+// openMember prepares the connection to the cluster that the flags name.
+func (s *session) openMember() (*member, error) {
+	loader := s.clientConfig()
+	raw, err := loader.RawConfig()
+	if err != nil {
+		return nil, usagef("kubeconfig: %v", err)
+	}
+	name := s.member.context
+	if name == "" {
+		name = raw.CurrentContext
+	}
+	if _, ok := raw.Contexts[name]; !ok {
+		return nil, unknownContext(name, raw.Contexts)
+	}
+	config, err := loader.ClientConfig()
+	if err != nil {
+		return nil, usagef("kubeconfig: context %q: %v", name, err)
+	}
+	config.Impersonate = rest.ImpersonationConfig{UserName: s.member.as, Groups: s.member.asGroups}
+	return newMember(name, config)
+}
+
+func unknownContext[V any](name string, contexts map[string]V) error {
+	var names []string
+	for n := range contexts {
+		names = append(names, n)
+	}
+	f := &failure{exit: exitUsage, what: "cannot choose a cluster", code: api.UnknownName,
+		why: fmt.Sprintf("the kubeconfig has no context %q", name), try: "kubectl config get-contexts (lists them), then --context NAME"}
+	if name == "" {
+		f.why, f.code = "no context is given, and the kubeconfig has no current one", ""
+	} else if n := nearest(name, names); n != "" {
+		f.try = "did you mean --context " + n + "?"
+	}
+	return f
+}
+
+func newMember(contextName string, config *rest.Config) (*member, error) {
+	config.UserAgent = "mesh/" + version()
+	config.QPS, config.Burst = 50, 100
+	config.Timeout = 30 * time.Second
+	server, err := kube.NewAPI(config)
+	if err != nil {
+		return nil, usagef("kubeconfig: context %q: %v", contextName, err)
+	}
+	objects, err := dynamic.NewForConfig(config)
+	if err != nil {
+		return nil, usagef("kubeconfig: context %q: %v", contextName, err)
+	}
+	return &member{context: contextName, config: config, server: server, objects: objects}, nil
+}
+
+// host of the API server.
+func (m *member) host() string {
+	if u, err := url.Parse(m.config.Host); err == nil && u.Host != "" {
+		return u.Host
+	}
+	return m.config.Host
+}
+
+// failure explains an error of the API server.
+func (m *member) failure(what string, err error) error {
+	f := &failure{exit: exitFailed, what: what, why: err.Error(), code: api.ApplyFailed, err: err}
+	var status apierrors.APIStatus
+	switch {
+	case errors.Is(err, context.DeadlineExceeded):
+		f.exit, f.code = exitTimeout, api.TimedOut
+	case errors.As(err, &status) && apierrors.IsUnauthorized(err):
+		f.exit, f.code = exitDenied, api.CredentialRefused
+		f.why = "the API server at " + m.host() + " does not accept the credentials of the kubeconfig"
+		f.try = "log in to the cluster again, then run the same command"
+	case errors.As(err, &status) && apierrors.IsForbidden(err):
+		f.exit, f.code = exitDenied, api.MissingPermission
+	case !errors.As(err, &status):
+		f.exit, f.code = exitUnreachable, api.MemberUnreachable
+		f.why = "API server at " + m.host() + ": " + strings.TrimSpace(shortURLError(err))
+	}
+	if f.try == "" {
+		f.try = defaultRemedy(f.code)
+	}
+	return f
+}
+
+// shortURLError drops the request that net/http repeats in front of the cause.
+func shortURLError(err error) string {
+	var u *url.Error
+	if errors.As(err, &u) {
+		return u.Err.Error()
+	}
+	return err.Error()
+}
+
+// missing returns those of the wanted permissions that the caller does not have.
+func (m *member) missing(ctx context.Context, wanted []authorizationv1.ResourceAttributes) ([]string, error) {
+	reviews := m.objects.Resource(authorizationv1.SchemeGroupVersion.WithResource("selfsubjectaccessreviews"))
+	var out []string
+	for _, w := range wanted {
+		review := &authorizationv1.SelfSubjectAccessReview{
+			TypeMeta: metav1.TypeMeta{APIVersion: authorizationv1.SchemeGroupVersion.String(), Kind: "SelfSubjectAccessReview"},
+			Spec:     authorizationv1.SelfSubjectAccessReviewSpec{ResourceAttributes: &w},
+		}
+		content, err := runtime.DefaultUnstructuredConverter.ToUnstructured(review)
+		if err != nil {
+			return nil, err
+		}
+		answer, err := reviews.Create(ctx, &unstructured.Unstructured{Object: content}, metav1.CreateOptions{})
+		if err != nil {
+			return nil, err
+		}
+		if allowed, _, _ := unstructured.NestedBool(answer.Object, "status", "allowed"); !allowed {
+			out = append(out, describeAccess(w))
+		}
+	}
+	return out, nil
+}
+
+// describeAccess is for example "create deployments.apps in isthmus-system".
+func describeAccess(w authorizationv1.ResourceAttributes) string {
+	resource := w.Resource
+	if w.Subresource != "" {
+		resource += "/" + w.Subresource
+	}
+	if w.Group != "" {
+		resource += "." + w.Group
+	}
+	out := w.Verb + " " + resource
+	if w.Name != "" {
+		out += " " + w.Name
+	}
+	if w.Namespace != "" {
+		out += " in " + w.Namespace
+	}
+	return out
+}
+
+// resource is where objects of obj's kind are. The kinds of our manifests have
+// regular plurals.
+func (m *member) resource(obj *unstructured.Unstructured) dynamic.ResourceInterface {
+	gvr, _ := meta.UnsafeGuessKindToResource(obj.GroupVersionKind())
+	if obj.GetNamespace() == "" {
+		return m.objects.Resource(gvr)
+	}
+	return m.objects.Resource(gvr).Namespace(obj.GetNamespace())
+}
+
+// apply brings obj to the cluster by server-side apply. The outcome is
+// "created", "changed" or "unchanged".
+func (m *member) apply(ctx context.Context, obj *unstructured.Unstructured, dryRun bool) (string, error) {
+	at := m.resource(obj)
+	before, err := at.Get(ctx, obj.GetName(), metav1.GetOptions{})
+	if err != nil && !apierrors.IsNotFound(err) {
+		return "", err
+	}
+	created := err != nil
+	options := metav1.ApplyOptions{FieldManager: kube.FieldManager, Force: true}
+	if dryRun {
+		options.DryRun = []string{metav1.DryRunAll}
+	}
+	after, err := at.Apply(ctx, obj.GetName(), obj, options)
+	switch {
+	case err != nil && dryRun && apierrors.IsNotFound(err):
+		return "created", nil // its namespace is not there yet
+	case err != nil:
+		return "", err
+	case created:
+		return "created", nil
+	case sameObject(before, after):
+		return "unchanged", nil
+	}
+	return "changed", nil
+}
+
+// sameObject compares what an apply may change; a dry run has no new resource
+// version to compare.
+func sameObject(before, after *unstructured.Unstructured) bool {
+	return before.GetResourceVersion() == after.GetResourceVersion() && before.GetGeneration() == after.GetGeneration()
+}
+
+// remove deletes obj; false if it was not there.
+func (m *member) remove(ctx context.Context, obj *unstructured.Unstructured) (bool, error) {
+	policy := metav1.DeletePropagationBackground
+	err := m.resource(obj).Delete(ctx, obj.GetName(), metav1.DeleteOptions{PropagationPolicy: &policy})
+	if apierrors.IsNotFound(err) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+func (s *session) completeContexts(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
+	raw, err := s.clientConfig().RawConfig()
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveError
+	}
+	var names []string
+	for n := range raw.Contexts {
+		names = append(names, n)
+	}
+	return names, cobra.ShellCompDirectiveNoFileComp
+}

@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"io"
+	"strings"
+	"unicode/utf8"
+)
+
+// tone is what a piece of output means, by which it is coloured.
+type tone string
+
+const (
+	plain  tone = ""
+	green  tone = "32"
+	yellow tone = "33"
+	red    tone = "31"
+	faint  tone = "2"
+)
+
+// style says what a stream can show.
+type style struct {
+	color bool
+	ascii bool
+}
+
+// style of the stream w, which is stdout or stderr.
+func (s *session) style(w io.Writer) style {
+	terminal := (w == s.stdout && s.outTerminal) || (w == s.stderr && s.errTerminal)
+	return style{color: s.wantsColor(terminal), ascii: s.ascii || !utf8Locale(s.env)}
+}
+
+func (s *session) wantsColor(terminal bool) bool {
+	switch {
+	case s.color == "always":
+		return true
+	case s.color == "never", s.env("NO_COLOR") != "":
+		return false
+	case s.env("CLICOLOR_FORCE") != "" && s.env("CLICOLOR_FORCE") != "0":
+		return true
+	}
+	return terminal && s.env("TERM") != "dumb"
+}
+
+// utf8Locale tells whether the locale shows more than ASCII; unset means yes,
+// as minimal containers leave it unset and show UTF-8 all the same.
+func utf8Locale(env func(string) string) bool {
+	for _, name := range []string{"LC_ALL", "LC_CTYPE", "LANG"} {
+		if v := env(name); v != "" {
+			v = strings.ToUpper(v)
+			return strings.Contains(v, "UTF-8") || strings.Contains(v, "UTF8")
+		}
+	}
+	return true
+}
+
+func (st style) paint(t tone, text string) string {
+	if !st.color || t == plain || text == "" {
+		return text
+	}
+	return "\x1b[" + string(t) + "m" + text + "\x1b[0m"
+}
+
+// mark is the symbol of a state of a step or of the severity of a finding.
+func (st style) mark(state string) string {
+	m := marks[state]
+	if st.ascii {
+		return st.paint(m.tone, m.ascii)
+	}
+	return st.paint(m.tone, m.symbol)
+}
+
+// arrow points from one name to another.
+func (st style) arrow() string {
+	if st.ascii {
+		return "->"
+	}
+	return "→"
+}
+
+// dot separates facts on one line.
+func (st style) dot() string {
+	if st.ascii {
+		return "-"
+	}
+	return "·"
+}
+
+var marks = map[string]struct {
+	symbol, ascii string
+	tone          tone
+}{
+	"done":      {"✓", "ok", green},
+	"ok":        {"✓", "ok", green},
+	"unchanged": {"✓", "ok", green},
+	"warning":   {"!", "warn", yellow},
+	"failed":    {"✗", "FAIL", red},
+	"error":     {"✗", "FAIL", red},
+	"running":   {"…", "...", faint},
+}
+
+// wrap breaks text at spaces so that no line is longer than width, where words
+// allow.
+func wrap(text string, width int) string {
+	var b strings.Builder
+	column := 0
+	for word := range strings.FieldsSeq(text) {
+		n := utf8.RuneCountInString(word)
+		switch {
+		case column == 0:
+		case column+1+n > width:
+			b.WriteByte('\n')
+			column = 0
+		default:
+			b.WriteByte(' ')
+			column++
+		}
+		b.WriteString(word)
+		column += n
+	}
+	return b.String()
+}
