@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/http/pprof"
+	"slices"
 	"strings"
 	"sync"
 
@@ -35,12 +36,16 @@ func (h *health) add(name string, ask func() error) {
 	h.checks = append(h.checks, check{name, ask})
 }
 
+func (h *health) list() []check {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return slices.Clone(h.checks)
+}
+
 // ServeHTTP answers as a Kubernetes API server does: 200 "ok" or 500 with what fails;
 // "?verbose" lists all, and a path below the handler's asks one check alone.
 func (h *health) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	h.mu.Lock()
-	checks := h.checks
-	h.mu.Unlock()
+	checks := h.list()
 	_, one, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, "/"), "/")
 	verbose := r.URL.Query().Has("verbose")
 	failed, found := false, one == ""

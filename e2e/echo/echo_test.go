@@ -147,3 +147,19 @@ func FuzzParseAnswer(f *testing.F) {
 		}
 	})
 }
+
+func TestTheShopShowsWhereAnswersComeFrom(t *testing.T) {
+	t.Parallel()
+	urls := serveAll(t, &server{place: Place{Cluster: "west", Pod: "payments-1"}})
+	s := &shop{
+		place: Place{Cluster: "east"}, client: http.DefaultClient,
+		backends: []backend{{"payments", urls["http"] + "/"}, {"stock", "http://127.0.0.1:1/"}},
+	}
+	w := httptest.NewRecorder()
+	s.handler().ServeHTTP(w, httptest.NewRequest("GET", "/", nil))
+	for _, want := range []string{"<b>east</b>", `<td class="where">west</td>`, "connection refused"} {
+		if !strings.Contains(w.Body.String(), want) {
+			t.Errorf("the page lacks %q:\n%s", want, w.Body)
+		}
+	}
+}
