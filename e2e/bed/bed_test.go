@@ -275,10 +275,10 @@ func TestCaptureSeesWhatCrosses(t *testing.T) {
 	if err := capture.Stop(); err != nil {
 		t.Fatal(err)
 	}
-	if seen := must(capture.Contains([]byte("a marker in plain sight")))(t); !seen {
-		t.Error("the capture does not hold what crossed")
-	}
 	text := must(capture.Text(t.Context()))(t)
+	if seen := must(capture.Contains([]byte("a marker in plain sight")))(t); !seen {
+		t.Errorf("the capture does not hold what crossed:\n%s", text)
+	}
 	if want := n1.RouterAddress().String(); !strings.Contains(text, want) {
 		t.Errorf("the caller's address is not translated to %s:\n%s", want, text)
 	}
