@@ -3233,9 +3233,12 @@ type ConfigObject struct {
 	Metadata   *Metadata `protobuf:"bytes,3,opt,name=metadata,proto3" json:"metadata,omitempty"`
 	Source     string    `protobuf:"bytes,4,opt,name=source,proto3" json:"source,omitempty"`
 	Cluster    string    `protobuf:"bytes,5,opt,name=cluster,proto3" json:"cluster,omitempty"`
-	// "Accepted", "NotYetTranslated", "Conflict", "Invalid" or "Ignored".
-	Status        string `protobuf:"bytes,6,opt,name=status,proto3" json:"status,omitempty"`
-	Message       string `protobuf:"bytes,7,opt,name=message,proto3" json:"message,omitempty"`
+	// "Active", "NotYetTranslated", "IgnoredOnRemote", "Conflict", "Invalid" or
+	// "UnknownKind".
+	Status  string `protobuf:"bytes,6,opt,name=status,proto3" json:"status,omitempty"`
+	Message string `protobuf:"bytes,7,opt,name=message,proto3" json:"message,omitempty"`
+	// Details, such as "NotYetTranslated: spec.http[0].fault".
+	Notes         []string `protobuf:"bytes,8,rep,name=notes,proto3" json:"notes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3317,6 +3320,13 @@ func (x *ConfigObject) GetMessage() string {
 		return x.Message
 	}
 	return ""
+}
+
+func (x *ConfigObject) GetNotes() []string {
+	if x != nil {
+		return x.Notes
+	}
+	return nil
 }
 
 type CheckRequest struct {
@@ -4679,7 +4689,7 @@ const file_admin_proto_rawDesc = "" +
 	"\vapi_version\x18\x01 \x01(\tR\n" +
 	"apiVersion\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12.\n" +
-	"\x05items\x18\x03 \x03(\v2\x18.isthmus.v1.ConfigObjectR\x05items\"\xea\x01\n" +
+	"\x05items\x18\x03 \x03(\v2\x18.isthmus.v1.ConfigObjectR\x05items\"\x80\x02\n" +
 	"\fConfigObject\x12#\n" +
 	"\rgroup_version\x18\x01 \x01(\tR\fgroupVersion\x12\x1f\n" +
 	"\vobject_kind\x18\x02 \x01(\tR\n" +
@@ -4688,7 +4698,8 @@ const file_admin_proto_rawDesc = "" +
 	"\x06source\x18\x04 \x01(\tR\x06source\x12\x18\n" +
 	"\acluster\x18\x05 \x01(\tR\acluster\x12\x16\n" +
 	"\x06status\x18\x06 \x01(\tR\x06status\x12\x18\n" +
-	"\amessage\x18\a \x01(\tR\amessage\"*\n" +
+	"\amessage\x18\a \x01(\tR\amessage\x12\x14\n" +
+	"\x05notes\x18\b \x03(\tR\x05notes\"*\n" +
 	"\fCheckRequest\x12\x1a\n" +
 	"\bclusters\x18\x01 \x03(\tR\bclusters\"\xa6\x01\n" +
 	"\vCheckReport\x12\x1f\n" +

@@ -11,6 +11,7 @@ import (
 
 	"github.com/isthmus-mesh/isthmus/api"
 	"github.com/isthmus-mesh/isthmus/ca"
+	"github.com/isthmus-mesh/isthmus/config"
 	"github.com/isthmus-mesh/isthmus/federation"
 )
 
@@ -233,40 +234,46 @@ func (c *checking) checkSnapshot() []*api.Finding {
 	if c.cfg.Findings != nil {
 		out = append(out, findingsOut(slices.Clone(c.cfg.Findings()))...)
 	}
+	out = distinct(out)
 	if len(out) == 0 && len(snapshot.Records) > 0 {
 		out = append(out, good("%d services without conflicts", len(snapshot.Records)))
 	}
 	return out
 }
 
-// statusCodes are the findings that statuses of objects turn into.
-var statusCodes = map[string]struct {
-	code     api.Code
-	severity string
-}{
-	"NotYetTranslated": {api.ConfigNotTranslated, severityWarning},
-	"Conflict":         {api.ConfigConflict, severityWarning},
-	"Invalid":          {api.ConfigInvalid, severityError},
-	statusIgnored:      {api.ConfigIgnored, severityWarning},
+// distinct says each finding once, and leaves those about configuration to
+// checkConfig.
+func distinct(findings []*api.Finding) []*api.Finding {
+	seen := map[string]bool{}
+	return slices.DeleteFunc(findings, func(f *api.Finding) bool {
+		key := f.GetCode() + "\x00" + f.GetSubject() + "\x00" + f.GetMessage()
+		again := seen[key]
+		seen[key] = true
+		return again || strings.HasPrefix(f.GetCode(), "MESH500")
+	})
 }
 
+// checkConfig tells what became of the objects of the wanted clusters.
 func (c *checking) checkConfig() []*api.Finding {
+	snapshot, _ := c.cfg.Store.Snapshot()
 	var out []*api.Finding
-	accepted := 0
+	active := 0
 	for _, o := range c.configObjects() {
-		if !c.wants(o.GetCluster()) {
-			continue
+		if o.GetStatus() == string(config.Active) && c.wants(o.GetCluster()) {
+			active++
 		}
-		as, bad := statusCodes[o.GetStatus()]
-		if !bad {
-			accepted++
-			continue
-		}
-		out = append(out, &api.Finding{Code: string(as.code), Severity: as.severity, Message: o.GetMessage(),
-			Subject: fmt.Sprintf("%s %s/%s in %s", o.GetObjectKind(), o.GetMetadata().GetNamespace(), o.GetMetadata().GetName(), o.GetCluster())})
 	}
-	if accepted > 0 {
-		out = append(out, good("%d objects in force", accepted))
+	for _, f := range findingsOut(slices.Clone(c.index(snapshot).Findings())) {
+		_, source, _ := strings.Cut(f.GetSubject(), " @ ")
+		cluster := snapshot.SourceName(federation.SourceID(source))
+		if source != "" && !c.wants(cluster) {
+			continue
+		}
+		f.Subject = strings.Replace(f.GetSubject(), " @ "+source, " in "+cluster, 1)
+		out = append(out, f)
+	}
+	if active > 0 {
+		out = append(out, good("%d objects in force", active))
 	}
 	return out
 }

@@ -9,13 +9,8 @@ import (
 	"strings"
 
 	"github.com/isthmus-mesh/isthmus/api"
+	"github.com/isthmus-mesh/isthmus/config"
 	"github.com/isthmus-mesh/isthmus/federation"
-)
-
-// The statuses of configuration objects.
-const (
-	statusAccepted = "Accepted"
-	statusIgnored  = "Ignored"
 )
 
 // ListConfig implements api.AdminServer.
@@ -42,13 +37,16 @@ func (s *Server) ListConfig(_ context.Context, req *api.ListConfigRequest) (*api
 // configObjects are all objects, by kind, namespace, name and cluster.
 func (s *Server) configObjects() []*api.ConfigObject {
 	snapshot, _ := s.cfg.Store.Snapshot()
+	index := s.index(snapshot)
 	out := make([]*api.ConfigObject, 0, len(snapshot.Objects))
 	for _, o := range snapshot.Objects {
 		one := &api.ConfigObject{
 			GroupVersion: o.APIVersion, ObjectKind: o.Kind, Source: string(o.Source), Cluster: snapshot.SourceName(o.Source),
 			Metadata: &api.Metadata{Name: o.Name, Namespace: o.Namespace, Created: stamp(o.Created)},
 		}
-		one.Status, one.Message = s.objectStatus(snapshot, o)
+		if st, ok := index.Status(o); ok {
+			one.Status, one.Message, one.Notes = string(st.State), st.Message, st.Notes
+		}
 		out = append(out, one)
 	}
 	slices.SortStableFunc(out, func(a, b *api.ConfigObject) int {
@@ -59,14 +57,13 @@ func (s *Server) configObjects() []*api.ConfigObject {
 	return out
 }
 
-func (s *Server) objectStatus(snapshot *federation.Snapshot, o *federation.Object) (status, message string) {
-	if id, ok := o.Source.Cluster(); ok {
-		if c := snapshot.Clusters[id]; c != nil && c.Role == federation.Remote {
-			return statusIgnored, c.Name + " is a remote cluster: only primaries contribute configuration"
-		}
+// index is the configuration of a snapshot. It is computed once for each
+// snapshot that is asked about, reusing what did not change.
+func (s *Server) index(snapshot *federation.Snapshot) *config.Index {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.indexed != snapshot {
+		s.configuration, s.indexed = config.NewFrom(s.configuration, snapshot), snapshot
 	}
-	if s.cfg.ObjectStatus == nil {
-		return statusAccepted, ""
-	}
-	return s.cfg.ObjectStatus(o)
+	return s.configuration
 }

@@ -25,6 +25,7 @@ import (
 	"github.com/isthmus-mesh/isthmus/api"
 	"github.com/isthmus-mesh/isthmus/ca"
 	"github.com/isthmus-mesh/isthmus/ca/attest"
+	"github.com/isthmus-mesh/isthmus/config"
 	"github.com/isthmus-mesh/isthmus/federation"
 	"github.com/isthmus-mesh/isthmus/registry"
 	"github.com/isthmus-mesh/isthmus/xds"
@@ -101,10 +102,6 @@ type Config struct {
 	Proxies Proxies
 	Peers   Peers
 
-	// ObjectStatus says what became of a configuration object of a primary;
-	// optional.
-	ObjectStatus func(*federation.Object) (status, message string)
-
 	// Findings of other rooms, for example of the translation to xDS; optional.
 	Findings func() []federation.Finding
 
@@ -154,8 +151,11 @@ type Server struct {
 	probes *probeHub
 
 	mu       sync.Mutex
-	findings snapshotFindings     // of the newest snapshot that was looked at
 	issued   map[string]time.Time // ends of join tokens that this replica made, by VM
+	findings snapshotFindings     // of the newest snapshot that was looked at
+
+	configuration *config.Index // of indexed
+	indexed       *federation.Snapshot
 }
 
 var _ api.AdminServer = (*Server)(nil)

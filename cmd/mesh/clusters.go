@@ -141,9 +141,9 @@ func reasonText(conditions []*api.Condition) string {
 
 func phaseTone(phase string) tone {
 	switch phase {
-	case "Ready", "Healthy", "Connected", "Accepted", "synced":
+	case "Ready", "Healthy", "Connected", "Active", "synced":
 		return green
-	case "Degraded", "Joining", "Leaving", "Pending", "pending", "NotYetTranslated", "Ignored", "Redeemed":
+	case "Degraded", "Joining", "Leaving", "Pending", "pending", "NotYetTranslated", "IgnoredOnRemote", "Redeemed":
 		return yellow
 	case "":
 		return plain

@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -17,11 +18,12 @@ func (s *session) configCommand() *cobra.Command {
 		Short: "List configuration objects and what became of them",
 		Long: `List configuration objects and what became of them.
 
-Accepted          in force
+Active            in force, but for what -o wide or yaml notes
 NotYetTranslated  stored; this version of the mesh does nothing with its kind
 Conflict          another primary has the same object with another content
 Invalid           ignored; what was in force before it stays in force
-Ignored           in a remote cluster, which contributes no configuration`,
+IgnoredOnRemote   in a remote cluster, which contributes no configuration
+UnknownKind       of no kind that this mesh knows`,
 		Example: `  mesh config
   mesh config VirtualService -n shop`,
 		Args: arguments(0, 1, "kind"),
@@ -59,9 +61,18 @@ func (s *session) fetchConfig(ctx context.Context, req *api.ListConfigRequest) (
 		l.table.rows = append(l.table.rows, []cell{
 			{text: o.GetObjectKind()}, {text: m.GetNamespace()}, {text: m.GetName()}, {text: o.GetCluster()},
 			{text: o.GetStatus(), tone: phaseTone(o.GetStatus())}, {text: s.age(m.GetCreated())},
-			{text: o.GetGroupVersion()}, {text: o.GetMessage()},
+			{text: o.GetGroupVersion()}, {text: noteText(o)},
 		})
 		l.names = append(l.names, o.GetObjectKind()+"/"+m.GetNamespace()+"/"+m.GetName())
 	}
 	return l, nil
+}
+
+// noteText is the message and the notes of an object on one line.
+func noteText(o *api.ConfigObject) string {
+	parts := o.GetNotes()
+	if o.GetMessage() != "" {
+		parts = append([]string{o.GetMessage()}, parts...)
+	}
+	return strings.Join(parts, "; ")
 }

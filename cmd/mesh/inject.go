@@ -45,7 +45,7 @@ from meshd; otherwise give --network, --cluster-id and --meshd.`,
 	fl.StringVarP(&f.file, "filename", "f", "", "file with manifests, - for stdin (required)")
 	fl.StringVar(&f.cluster, "cluster", "", "the joined cluster that the manifests are for")
 	fl.StringVar(&f.options.Network, "network", "", "network of the cluster")
-	fl.StringVar(&f.options.ClusterID, "cluster-id", "", "UID of the cluster's namespace kube-system")
+	fl.StringVar(&f.options.ClusterID, "cluster-id", "", "kube:UID, with the UID of the cluster's namespace kube-system")
 	fl.StringVar(&f.options.Server, "meshd", "", "HOST:15012 at which the pods reach meshd")
 	fl.StringVar(&f.options.Image, "proxy-image", "isthmus/proxy:dev", "image of the sidecar")
 	fl.StringVar(&f.options.LogLevel, "proxy-log-level", "info", "log level of the sidecar's agent")
@@ -109,7 +109,7 @@ func (s *session) injectionFor(ctx context.Context, f *injectFlags) error {
 			return err
 		}
 		setDefault(&f.options.Network, cluster.GetSpec().GetNetwork())
-		setDefault(&f.options.ClusterID, cluster.GetMetadata().GetUid())
+		setDefault(&f.options.ClusterID, "kube:"+cluster.GetMetadata().GetUid())
 		if len(v.GetServer().GetAdvertised()) > 0 {
 			setDefault(&f.options.Server, v.GetServer().GetAdvertised()[0])
 		}
