@@ -61,22 +61,24 @@ func identityOf(o *federation.Object) identity {
 // New indexes a snapshot's configuration.
 func New(s *federation.Snapshot) *Index { return NewFrom(nil, s) }
 
-// NewFrom is New, decoding only what changed since an earlier index. It is the earlier
-// one itself where nothing did, so that who compares pointers need not ask again.
+// NewFrom is New, decoding only what changed since an earlier index: objects that are the
+// same pointer did not. It is the earlier index itself where nothing changed, so that who
+// compares pointers need not ask again.
 func NewFrom(prev *Index, s *federation.Snapshot) *Index {
+	primary := map[federation.SourceID]bool{}
+	for id, c := range s.Clusters {
+		if c.Role == federation.Primary {
+			primary[federation.KubeSource(id)] = true
+		}
+	}
+	if prev != nil && slices.Equal(prev.objects, s.Objects) && maps.Equal(prev.primary, primary) {
+		return prev
+	}
 	x := &Index{
-		objects: s.Objects, primary: map[federation.SourceID]bool{},
+		objects: s.Objects, primary: primary,
 		decoded: make(map[*federation.Object]decoding, len(s.Objects)),
 		status:  make(map[*federation.Object]Status, len(s.Objects)),
 		byKey:   make(map[objectKey]*federation.Object, len(s.Objects)),
-	}
-	for id, c := range s.Clusters {
-		if c.Role == federation.Primary {
-			x.primary[federation.KubeSource(id)] = true
-		}
-	}
-	if prev != nil && slices.Equal(prev.objects, x.objects) && maps.Equal(prev.primary, x.primary) {
-		return prev
 	}
 	x.decode(prev)
 	acting := x.elect()

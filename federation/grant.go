@@ -142,7 +142,7 @@ func validGlob(p string) error {
 	}
 	for _, c := range body {
 		if (c < 'a' || c > 'z') && (c < '0' || c > '9') && c != '-' && c != '.' {
-			return fmt.Errorf("character %q: want lower case letters, digits, - and .", c)
+			return fmt.Errorf("character %q: want lower case letters, digits, dots and dashes", c)
 		}
 	}
 	return nil

@@ -329,7 +329,6 @@ type notes struct {
 	*merger
 	object   string
 	findings []Finding
-	refused  map[SourceID]int
 }
 
 func (n *notes) at(r *Record) string { return n.snapshot.SourceName(r.Source) }
