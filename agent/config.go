@@ -66,7 +66,8 @@ type Config struct {
 	// Envoy is the program; empty means "envoy" in PATH.
 	Envoy string
 	// EnvoyUID is the user and group it runs as when the agent is root; 0 means
-	// 1337. EnvoyLogLevel and Concurrency are passed on.
+	// 1337, -1 means the agent's own. EnvoyLogLevel and Concurrency are passed
+	// on.
 	EnvoyUID      int
 	EnvoyLogLevel string
 	Concurrency   int
@@ -163,8 +164,11 @@ func (c *Config) defaults() {
 	if c.StateDir == "" {
 		c.StateDir = c.RunDir
 	}
-	if c.EnvoyUID == 0 {
+	switch c.EnvoyUID {
+	case 0:
 		c.EnvoyUID = redirect.UID
+	case -1:
+		c.EnvoyUID = os.Geteuid()
 	}
 	if len(c.DNSAddresses) == 0 {
 		port := strconv.Itoa(redirect.DNSPort)

@@ -41,7 +41,7 @@ type GRPC struct {
 	Cluster string
 	// Dial opens the connection; nil uses the network as it is.
 	Dial func(ctx context.Context, address string) (net.Conn, error)
-	// Timeout of one request; zero means 10 seconds.
+	// Timeout of one request; zero means 25 seconds, since the service may wait for the registry to hear of a new pod.
 	Timeout time.Duration
 }
 
@@ -49,7 +49,7 @@ type GRPC struct {
 func (g *GRPC) Issue(ctx context.Context, csr []byte, current *Certificate) ([]string, error) {
 	timeout := g.Timeout
 	if timeout == 0 {
-		timeout = 10 * time.Second
+		timeout = 25 * time.Second
 	}
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
