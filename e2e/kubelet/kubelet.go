@@ -19,7 +19,6 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes"
-	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
 )
 
@@ -83,16 +82,6 @@ type Kubelet struct {
 	mu      sync.Mutex
 	workers map[types.UID]*worker
 	all     sync.WaitGroup
-}
-
-// NewClient makes a client for a kubelet: without the limit of requests per
-// second that clients have otherwise.
-func NewClient(config *rest.Config) (kubernetes.Interface, error) {
-	config = rest.CopyConfig(config)
-	config.QPS = -1
-	config.ContentType = "application/vnd.kubernetes.protobuf"
-	config.AcceptContentTypes = "application/vnd.kubernetes.protobuf,application/json"
-	return kubernetes.NewForConfig(config)
 }
 
 // New checks a configuration. Nothing happens before [Kubelet.Run].
