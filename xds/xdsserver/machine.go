@@ -22,10 +22,6 @@ const (
 	// order, so that a proxy that is stuck in one type is not frozen in all.
 	gateTime = 5 * time.Second
 
-	// endpointsTime is how long listeners and routes wait for a new cluster to ask for
-	// its endpoints.
-	endpointsTime = 2 * time.Second
-
 	// keptRefusals is how many refused responses are remembered per type.
 	keptRefusals = 8
 )
@@ -69,9 +65,6 @@ type machine struct {
 	subs      map[string]*subscription
 	nonces    uint64
 
-	// awaited are new clusters whose endpoints have not been sent since.
-	awaited      map[string]bool
-	awaitedSince time.Time
 	// recluster are the clusters that were sent on this stream.
 	recluster map[string]bool
 }
@@ -101,7 +94,7 @@ type subscription struct {
 func newMachine(sotw bool) *machine {
 	return &machine{
 		sotw: sotw, subs: map[string]*subscription{},
-		awaited: map[string]bool{}, recluster: map[string]bool{},
+		recluster: map[string]bool{},
 	}
 }
 
@@ -124,11 +117,6 @@ func (m *machine) update(r xds.Resources) {
 		}
 	}
 	m.resources = r
-	for name := range m.awaited {
-		if _, ok := r.Get(xds.EndpointType, name); !ok {
-			delete(m.awaited, name)
-		}
-	}
 }
 
 // sameList compares by identity: lists are immutable and shared.
@@ -310,39 +298,29 @@ func (s *subscription) unsubscribe(name string) {
 type phase struct {
 	typeURL  string
 	removals bool
+
+	// open phases do not hold back the next one: Envoy acknowledges clusters only when
+	// they are warm, and they warm by their endpoints.
+	open bool
 }
 
 var phases = []phase{
-	{xds.ClusterType, false},
-	{xds.EndpointType, false},
-	{xds.ListenerType, false},
-	{xds.RouteType, false},
-	{"", false}, // every other type
-	{xds.ListenerType, true},
-	{xds.RouteType, true},
-	{xds.ClusterType, true},
-	{xds.EndpointType, true},
+	{xds.ClusterType, false, true},
+	{xds.EndpointType, false, false},
+	{xds.ListenerType, false, false},
+	{xds.RouteType, false, false},
+	{"", false, false}, // every other type
+	{xds.ListenerType, true, false},
+	{xds.RouteType, true, false},
+	{xds.ClusterType, true, false},
+	{xds.EndpointType, true, false},
 }
 
 // next is the response to send now, if any. Otherwise, if something is held back, again
 // is when to ask at the latest.
 func (m *machine) next(now time.Time) (out *response, again time.Time) {
-	hold := func(until time.Time) bool {
-		if !now.Before(until) {
-			return false
-		}
-		if again.IsZero() || until.Before(again) {
-			again = until
-		}
-		return true
-	}
+	held := false
 	for _, ph := range phases {
-		if ph.typeURL == xds.ListenerType && !ph.removals && len(m.awaited) > 0 {
-			if hold(m.awaitedSince.Add(endpointsTime)) {
-				return nil, again
-			}
-			clear(m.awaited)
-		}
 		for _, sub := range m.subsOf(ph) {
 			if sub.inFlight == "" {
 				if r := m.respond(sub, ph.removals, now); r != nil {
@@ -350,9 +328,15 @@ func (m *machine) next(now time.Time) (out *response, again time.Time) {
 				}
 				continue
 			}
-			if hold(sub.sentAt.Add(gateTime)) {
-				return nil, again
+			if until := sub.sentAt.Add(gateTime); now.Before(until) {
+				held = true
+				if again.IsZero() || until.Before(again) {
+					again = until
+				}
 			}
+		}
+		if held && !ph.open {
+			return nil, again
 		}
 	}
 	return nil, again
@@ -486,7 +470,7 @@ func (m *machine) difference(s *subscription, fresh []xds.Resource, gone []strin
 			break
 		}
 	}
-	m.note(s, fresh, now)
+	m.note(s, fresh)
 	s.drop(gone)
 	return m.fly(s, &response{typeURL: s.typeURL, resources: fresh, removed: gone}, now)
 }
@@ -494,7 +478,7 @@ func (m *machine) difference(s *subscription, fresh []xds.Resource, gone []strin
 // whole is a SotW response. Types that are told as a whole keep what is to be removed
 // until its turn comes.
 func (m *machine) whole(s *subscription, fresh []xds.Resource, removals bool, now time.Time) *response {
-	m.note(s, fresh, now)
+	m.note(s, fresh)
 	out := fresh
 	if wholeSet(s.typeURL) {
 		for _, n := range m.missing(s) {
@@ -514,29 +498,16 @@ func (m *machine) whole(s *subscription, fresh []xds.Resource, removals bool, no
 
 // note records what is being sent. A cluster that is sent waits for its endpoints, even
 // if these did not change and Envoy does not ask again (envoy#13009).
-func (m *machine) note(s *subscription, fresh []xds.Resource, now time.Time) {
+func (m *machine) note(s *subscription, fresh []xds.Resource) {
 	endpoints := m.subs[xds.EndpointType]
 	for _, r := range fresh {
-		_, had := s.sent[r.Name]
 		s.sent[r.Name] = r
 		delete(s.force, r.Name)
-		switch s.typeURL {
-		case xds.EndpointType:
-			delete(m.awaited, r.Name)
-		case xds.ClusterType:
+		if s.typeURL == xds.ClusterType {
 			m.recluster[r.Name] = true
-			if endpoints == nil {
-				continue
-			}
-			if endpoints.wildcard || endpoints.names[r.Name] {
+			if endpoints != nil && (endpoints.wildcard || endpoints.names[r.Name]) {
 				endpoints.force[r.Name] = true
 				endpoints.dirty = true
-			}
-			if _, ok := m.resources.Get(xds.EndpointType, r.Name); ok && !had {
-				if len(m.awaited) == 0 {
-					m.awaitedSince = now
-				}
-				m.awaited[r.Name] = true
 			}
 		}
 	}

@@ -59,12 +59,14 @@ func (s *Server) Proxies() []ProxyStatus {
 }
 
 func (st *stream) status() ProxyStatus {
+	now := st.feed.Current()
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	out := ProxyStatus{
-		Proxy: st.frame.Proxy, Node: st.node, Class: st.frame.Class, Variant: "delta",
-		Connected: st.opened, Revision: st.frame.Revision,
-		Synced: st.behind.IsZero() && !st.machine.waiting(), Behind: st.behind,
+		Proxy: now.Proxy, Node: st.node, Class: now.Class, Variant: "delta",
+		Connected: st.opened, Revision: now.Revision,
+		// A revision that changed nothing for the proxy did not wake its stream.
+		Synced: sameResources(st.frame.Resources, now.Resources) && st.machine.settled(), Behind: st.behind,
 	}
 	if st.wire.sotw() {
 		out.Variant = "sotw"
@@ -90,6 +92,16 @@ func (s *subscription) status() TypeStatus {
 		out.Refused = append(out.Refused, Refusal{At: f.at, Resources: slices.Clone(f.names), Message: f.message})
 	}
 	return out
+}
+
+// settled tells whether everything was sent and answered.
+func (m *machine) settled() bool {
+	for _, s := range m.subs {
+		if s.inFlight != "" || s.dirty && served(s.typeURL) || len(s.fresh) > 0 || len(s.gone) > 0 {
+			return false
+		}
+	}
+	return true
 }
 
 // waiting tells whether anything was sent that was not answered.
