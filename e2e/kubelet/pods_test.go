@@ -223,13 +223,13 @@ func checkLiveness(t *testing.T, c town) {
   - name: main
     image: busybox
     command: [sh, -c, "touch /tmp/healthy; sleep 1000 & wait"]
-    livenessProbe: {exec: {command: [test, -e, /tmp/healthy]}, periodSeconds: 1, failureThreshold: 1}
+    livenessProbe: {exec: {command: [test, -e, /tmp/healthy]}, initialDelaySeconds: 1, periodSeconds: 1, failureThreshold: 1}
 `))
 	c.await(t, "weak", 1)
 	c.kubectl(t, "exec", "weak", "--", "rm", "/tmp/healthy")
 	eventually(t, "it is restarted, with a fresh file system", func() error {
 		p := c.pod(t, "weak")
-		if s := p.Status.ContainerStatuses[0]; s.RestartCount != 1 || !isReady(*p) {
+		if s := p.Status.ContainerStatuses[0]; s.RestartCount < 1 || !isReady(*p) {
 			return fmt.Errorf("status is %+v", s)
 		}
 		return nil

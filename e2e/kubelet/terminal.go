@@ -21,14 +21,17 @@ func openTerminal() (*terminal, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open a terminal: %w", err)
 	}
-	if err := unix.IoctlSetPointerInt(int(outside.Fd()), unix.TIOCSPTLCK, 0); err != nil {
-		outside.Close()
-		return nil, fmt.Errorf("unlock the terminal: %w", err)
-	}
-	number, err := unix.IoctlGetInt(int(outside.Fd()), unix.TIOCGPTN)
+	number := 0
+	err = control(outside, func(fd int) (err error) {
+		if err := unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0); err != nil {
+			return fmt.Errorf("unlock the terminal: %w", err)
+		}
+		number, err = unix.IoctlGetInt(fd, unix.TIOCGPTN)
+		return err
+	})
 	if err != nil {
 		outside.Close()
-		return nil, fmt.Errorf("number of the terminal: %w", err)
+		return nil, fmt.Errorf("open a terminal: %w", err)
 	}
 	inside, err := os.OpenFile(fmt.Sprintf("/dev/pts/%d", number), os.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -40,5 +43,21 @@ func openTerminal() (*terminal, error) {
 
 // resize tells the program the size of the person's window, in characters.
 func (t *terminal) resize(columns, rows uint16) error {
-	return unix.IoctlSetWinsize(int(t.outside.Fd()), unix.TIOCSWINSZ, &unix.Winsize{Col: columns, Row: rows})
+	return control(t.outside, func(fd int) error {
+		return unix.IoctlSetWinsize(fd, unix.TIOCSWINSZ, &unix.Winsize{Col: columns, Row: rows})
+	})
+}
+
+// control calls f with the descriptor of a file that is kept open meanwhile
+// and that, unlike with Fd, stays one that Close can interrupt.
+func control(file *os.File, f func(fd int) error) error {
+	raw, err := file.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var inner error
+	if err := raw.Control(func(fd uintptr) { inner = f(int(fd)) }); err != nil {
+		return err
+	}
+	return inner
 }
