@@ -170,7 +170,7 @@ func (s *subscription) forgive() {
 func blamed(names []string, message string) []string {
 	var out []string
 	for _, n := range names {
-		if strings.Contains(message, n) {
+		if mentions(message, n) {
 			out = append(out, n)
 		}
 	}
@@ -178,6 +178,25 @@ func blamed(names []string, message string) []string {
 		return names
 	}
 	return out
+}
+
+// mentions tells whether a name stands in a text by itself, not as a part of another.
+func mentions(text, name string) bool {
+	const inside = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-|"
+	for from := 0; name != ""; {
+		i := strings.Index(text[from:], name)
+		if i < 0 {
+			return false
+		}
+		start, end := from+i, from+i+len(name)
+		before := start == 0 || !strings.ContainsRune(inside+".", rune(text[start-1]))
+		after := end == len(text) || !strings.ContainsRune(inside, rune(text[end]))
+		if before && after {
+			return true
+		}
+		from = start + 1
+	}
+	return false
 }
 
 // subscribeAll applies a SotW request: its names replace those before. They count even if
