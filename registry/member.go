@@ -39,6 +39,9 @@ type Member struct {
 	// issuer is often the same in many clusters; the keys never are.
 	Issuer     string          `json:"issuer,omitempty"`
 	IssuerKeys json.RawMessage `json:"issuerKeys,omitempty"`
+
+	// CredentialsVersion changes whenever the stored credentials do. It is not stored.
+	CredentialsVersion uint64 `json:"-"`
 }
 
 // Source is the source of the cluster's records.
@@ -137,20 +140,9 @@ func (c Credential) String() string {
 // without verifying it, which is up to the API server it is for. Expiry is zero for a
 // token without one.
 func ParseTokenTimes(token string) (issued, expires time.Time, err error) {
-	parts := strings.Split(token, ".")
-	if len(parts) != 3 {
-		return issued, expires, errors.New("token is not a JWT: it has no three parts")
-	}
-	body, err := base64.RawURLEncoding.DecodeString(parts[1])
+	claims, err := parseClaims(token)
 	if err != nil {
-		return issued, expires, fmt.Errorf("token is not a JWT: %w", err)
-	}
-	var claims struct {
-		Issued  float64 `json:"iat"`
-		Expires float64 `json:"exp"`
-	}
-	if err := json.Unmarshal(body, &claims); err != nil {
-		return issued, expires, fmt.Errorf("token's claims: %w", err)
+		return issued, expires, err
 	}
 	if claims.Issued > 0 {
 		issued = time.Unix(int64(claims.Issued), 0)
@@ -159,6 +151,34 @@ func ParseTokenTimes(token string) (issued, expires time.Time, err error) {
 		expires = time.Unix(int64(claims.Expires), 0)
 	}
 	return issued, expires, nil
+}
+
+// TokenSubject reads whose a service account token is, without verifying it:
+// "system:serviceaccount:<namespace>:<name>".
+func TokenSubject(token string) (string, error) {
+	claims, err := parseClaims(token)
+	return claims.Subject, err
+}
+
+type tokenClaims struct {
+	Issued  float64 `json:"iat"`
+	Expires float64 `json:"exp"`
+	Subject string  `json:"sub"`
+}
+
+func parseClaims(token string) (claims tokenClaims, err error) {
+	parts := strings.Split(token, ".")
+	if len(parts) != 3 {
+		return claims, errors.New("token is not a JWT: it has no three parts")
+	}
+	body, err := base64.RawURLEncoding.DecodeString(parts[1])
+	if err != nil {
+		return claims, fmt.Errorf("token is not a JWT: %w", err)
+	}
+	if err := json.Unmarshal(body, &claims); err != nil {
+		return claims, fmt.Errorf("token's claims: %w", err)
+	}
+	return claims, nil
 }
 
 // Sealer protects credentials at rest with a key that is not in the store. What was

@@ -303,6 +303,7 @@ func (r *replica) takeMember(k string, value []byte) error {
 		}
 	case p[1] == "credentials":
 		var v version
+		r.dirtyMembers = true
 		return decode(value, &v, &v) // sealed: read when it is needed
 	default:
 		return fmt.Errorf("unknown part %q of a cluster", p[1])
@@ -586,6 +587,7 @@ func (r *replica) publishMembers() map[federation.ClusterID]*federation.Cluster 
 		}
 		m := state.member.Clone()
 		m.Conditions = state.conditions
+		m.CredentialsVersion = r.hashes[credentialsKey(id)]
 		r.memberViews[id] = m
 		clusters[id] = &m.Cluster
 	}
