@@ -489,4 +489,5 @@ func checkOutage(t *testing.T, c town) {
 		}
 		return err
 	})
+	c.remove(t, pods[0].Name)
 }

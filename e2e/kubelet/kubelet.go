@@ -118,8 +118,16 @@ func New(config Config) (*Kubelet, error) {
 // objects stay as they are. An API server that is away stops no pod.
 func (k *Kubelet) Run(ctx context.Context) error {
 	defer k.all.Wait()
-	ctx, cancel := context.WithCancel(ctx)
+	running, cancel := context.WithCancel(ctx)
 	defer cancel()
+	if err := k.run(running); ctx.Err() == nil {
+		return err
+	}
+	return nil
+}
+
+// run is Run but for the waiting at its end.
+func (k *Kubelet) run(ctx context.Context) error {
 	for _, n := range k.nodes {
 		if err := k.serve(ctx, n); err != nil {
 			return err

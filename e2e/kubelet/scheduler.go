@@ -40,13 +40,13 @@ func (s *scheduler) observe(ctx context.Context, pod *corev1.Pod) {
 	}
 	s.tried[pod.UID] = true
 	name, ok := s.pickLocked(pod)
-	go func() {
+	s.k.all.Go(func() {
 		if ok {
 			s.bind(ctx, pod, name)
 		} else {
 			s.explain(ctx, pod)
 		}
-	}()
+	})
 }
 
 // forget drops what is known about a pod that is gone.
