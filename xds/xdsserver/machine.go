@@ -398,7 +398,9 @@ func (m *machine) respond(s *subscription, removals bool, now time.Time) *respon
 		gone = m.missing(s)
 	}
 	if m.sotw && !wholeSet(s.typeURL) {
-		s.drop(gone)
+		if s.drop(gone); s.dirty {
+			m.compare(s)
+		}
 		gone = nil
 	}
 	first := s.answer && !removals && (s.wildcard || m.sotw && wholeSet(s.typeURL) && len(s.names) > 0)
@@ -473,6 +475,9 @@ func (m *machine) missing(s *subscription) []string {
 }
 
 func (s *subscription) drop(names []string) {
+	if len(names) == 0 {
+		return
+	}
 	for _, n := range names {
 		delete(s.sent, n)
 		delete(s.force, n)
