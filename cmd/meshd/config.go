@@ -135,9 +135,18 @@ func (f *flagValues) add(fs *pflag.FlagSet) {
 	fs.DurationVar((*time.Duration)(&c.CertificateLifetime), "certificate-lifetime", 24*time.Hour, "of workloads' certificates")
 }
 
-// configuration is the file, if any, with the flags that were set on top; what neither
-// says has the flag's default.
+// configuration is what meshd runs with.
 func (f *flagValues) configuration(fs *pflag.FlagSet) (Configuration, error) {
+	c, err := f.read(fs)
+	if err != nil {
+		return c, err
+	}
+	return c, c.validate()
+}
+
+// read is the file, if any, with the flags that were set on top; what neither says has the
+// flag's default.
+func (f *flagValues) read(fs *pflag.FlagSet) (Configuration, error) {
 	c := f.c
 	if f.file != "" {
 		text, err := os.ReadFile(f.file)
@@ -151,7 +160,7 @@ func (f *flagValues) configuration(fs *pflag.FlagSet) (Configuration, error) {
 			return c, err
 		}
 	}
-	return c, c.validate()
+	return c, nil
 }
 
 // parseConfiguration reads a file over the defaults.
@@ -189,8 +198,8 @@ func reapply(fs *pflag.FlagSet, f *flagValues, c *Configuration) (err error) {
 
 // validate names the first thing that cannot be right.
 func (c *Configuration) validate() error {
-	if c.DataDir == "" {
-		return errors.New("--data-dir is missing: name a directory that is kept, for example --data-dir /var/lib/meshd")
+	if err := c.validateState(); err != nil {
+		return err
 	}
 	if len(c.Advertise) == 0 {
 		return errors.New("--advertise is missing: name the HOST:PORT that proxies of every network dial, for example --advertise mesh.example.org:15012")
@@ -199,14 +208,6 @@ func (c *Configuration) validate() error {
 		if host, port, err := net.SplitHostPort(a); err != nil || host == "" || port == "" {
 			return fmt.Errorf("--advertise %q: want HOST:PORT, for example mesh.example.org:15012", a)
 		}
-	}
-	for _, e := range c.Etcd.Endpoints {
-		if !strings.HasPrefix(e, "https://") && !strings.HasPrefix(e, "http://") {
-			return fmt.Errorf("--etcd-endpoints %q: want a URL, for example https://etcd-0:2379", e)
-		}
-	}
-	if (c.Etcd.Cert == "") != (c.Etcd.Key == "") {
-		return errors.New("--etcd-cert and --etcd-key: want both or none")
 	}
 	var level slog.Level
 	if err := level.UnmarshalText([]byte(c.Log.Level)); err != nil {
@@ -217,6 +218,25 @@ func (c *Configuration) validate() error {
 	}
 	if d := time.Duration(c.CertificateLifetime); d < 5*time.Minute || d > 7*24*time.Hour {
 		return fmt.Errorf("--certificate-lifetime %v: want 5m to 168h", d)
+	}
+	return nil
+}
+
+// validateState is validate for what says where the state is.
+func (c *Configuration) validateState() error {
+	if c.DataDir == "" {
+		return errors.New("--data-dir is missing: name a directory that is kept, for example --data-dir /var/lib/meshd")
+	}
+	for _, e := range c.Etcd.Endpoints {
+		if !strings.HasPrefix(e, "https://") && !strings.HasPrefix(e, "http://") {
+			return fmt.Errorf("--etcd-endpoints %q: want a URL, for example https://etcd-0:2379", e)
+		}
+	}
+	if (c.Etcd.Cert == "") != (c.Etcd.Key == "") {
+		return errors.New("--etcd-cert and --etcd-key: want both or none")
+	}
+	if !strings.HasSuffix(c.Etcd.Prefix, "/") {
+		return fmt.Errorf("--etcd-prefix %q: want one that ends with a slash, as /isthmus/", c.Etcd.Prefix)
 	}
 	return nil
 }
