@@ -12,15 +12,17 @@ import (
 	"github.com/isthmus-mesh/isthmus/federation"
 )
 
-// AllocatorConfig says what an Allocator works with.
-type AllocatorConfig struct {
-	Store interface {
-		Snapshot() (*federation.Snapshot, <-chan struct{})
-		Addresses
-	}
+// Allocator gives virtual addresses to the hosts that need one, and takes them back after
+// they have rested. Every replica runs one: which address a host gets follows from its
+// name, so that replicas agree, and the store decides where they do not.
+type Allocator struct {
+	Store Store
 
-	// Ranges to allocate from; the zero value means the default ones.
+	// Ranges of the addresses; zero means federation's defaults.
 	Ranges federation.VirtualRanges
+
+	// Holdoff is the least time between two plans; zero means 50 ms.
+	Holdoff time.Duration
 
 	// Log; nil means none.
 	Log *slog.Logger
@@ -29,87 +31,77 @@ type AllocatorConfig struct {
 	Now func() time.Time
 }
 
-// Allocator sees to it that every host that needs a virtual address has one. Each replica
-// runs one: an address is given by compare-and-create, so that they agree.
-type Allocator struct{ config AllocatorConfig }
-
-// NewAllocator makes an Allocator, which does nothing until Run.
-func NewAllocator(config AllocatorConfig) *Allocator {
-	if config.Log == nil {
-		config.Log = slog.New(slog.DiscardHandler)
+// Run keeps addresses until ctx ends.
+func (a Allocator) Run(ctx context.Context) error {
+	if a.Holdoff == 0 {
+		a.Holdoff = 50 * time.Millisecond
 	}
-	if config.Now == nil {
-		config.Now = time.Now
+	if a.Log == nil {
+		a.Log = slog.New(slog.DiscardHandler)
 	}
-	return &Allocator{config}
-}
-
-// housekeeping is how often addresses are looked at that nobody needs any more.
-const housekeeping = time.Hour
-
-// again is how long it waits after a failure.
-const again = time.Second
-
-// Run allocates until ctx ends.
-func (a *Allocator) Run(ctx context.Context) error {
+	if a.Now == nil {
+		a.Now = time.Now
+	}
+	rest := time.NewTicker(10 * time.Minute) // what has rested long enough goes by time alone
+	defer rest.Stop()
 	for {
-		snapshot, changed := a.config.Store.Snapshot()
-		wait := housekeeping
+		snapshot, changed := a.Store.Snapshot()
 		if snapshot.Revision > 0 {
-			if err := a.settle(ctx, snapshot); err != nil && ctx.Err() == nil {
-				a.config.Log.Warn("virtual addresses", "err", err)
-				wait = again
+			if err := a.plan(ctx, snapshot); err != nil && ctx.Err() == nil {
+				a.Log.Warn("cannot keep virtual addresses", "error", err)
 			}
 		}
-		timer := time.NewTimer(wait)
 		select {
 		case <-ctx.Done():
-			timer.Stop()
+			return nil
+		case <-time.After(a.Holdoff):
+		}
+		select {
+		case <-ctx.Done():
 			return nil
 		case <-changed:
-		case <-timer.C:
+		case <-rest.C:
 		}
-		timer.Stop()
 	}
 }
 
-// settle brings the store to what the snapshot needs.
-func (a *Allocator) settle(ctx context.Context, snapshot *federation.Snapshot) error {
-	now := a.config.Now()
-	plan := federation.PlanAddresses(snapshot.Addresses, federation.NeedsVirtualAddress(snapshot), now)
-	if plan.Empty() {
+// plan does what is to do at one snapshot.
+func (a Allocator) plan(ctx context.Context, s *federation.Snapshot) error {
+	now := a.Now()
+	p := federation.PlanAddresses(s.Addresses, federation.NeedsVirtualAddress(s), now)
+	if p.Empty() {
 		return nil
 	}
-	taken := map[netip.Addr]bool{}
-	for _, v := range snapshot.Addresses {
-		taken[v.V4], taken[v.V6] = true, true
-	}
 	var put []federation.VirtualAddress
+	for _, host := range p.Revive {
+		address := s.Addresses[host]
+		address.Released = time.Time{}
+		put = append(put, address)
+	}
+	for _, host := range p.Release {
+		address := s.Addresses[host]
+		address.Released = now.UTC().Truncate(time.Second)
+		put = append(put, address)
+	}
+	taken := make(map[netip.Addr]bool, 2*len(s.Addresses))
+	for _, address := range s.Addresses {
+		taken[address.V4], taken[address.V6] = true, true
+	}
 	var errs []error
-	for _, host := range plan.Allocate {
-		v, err := a.config.Ranges.Allocate(host, func(ip netip.Addr) bool { return taken[ip] })
+	for _, host := range p.Allocate {
+		address, err := a.Ranges.Allocate(host, func(ip netip.Addr) bool { return taken[ip] })
 		if err != nil {
 			errs = append(errs, err)
-			continue
+			break // the range is full: so it is for the next one
 		}
-		taken[v.V4], taken[v.V6] = true, true
-		put = append(put, v)
-	}
-	for _, host := range plan.Revive {
-		v := snapshot.Addresses[host]
-		v.Released = time.Time{}
-		put = append(put, v)
-	}
-	for _, host := range plan.Release {
-		v := snapshot.Addresses[host]
-		v.Released = now
-		put = append(put, v)
+		taken[address.V4], taken[address.V6] = true, true
+		put = append(put, address)
 	}
 	if len(put) > 0 {
-		errs = append(errs, a.config.Store.PutAddresses(ctx, put))
+		errs = append(errs, a.Store.PutAddresses(ctx, put))
 	}
-	if len(plan.Delete) > 0 {
-		errs = append(errs, a.config.Store.DropAddresses(ctx, plan.Delete, now))
+	if len(p.Delete) > 0 {
+		errs = append(errs, a.Store.DropAddresses(ctx, p.Delete, now))
 	}
 	return errors.Join(errs...)
 }

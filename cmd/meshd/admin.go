@@ -21,7 +21,7 @@ func (d *daemon) wireAdmin(context.Context) (err error) {
 	}
 	d.admin, err = apiserver.New(apiserver.Config{
 		Store: d.store, Authority: d.authority, Authenticator: d.attestor, Tokens: d.tokens,
-		Audit: d.audit, AuditPath: d.config.path("audit.log"), Sources: d.runner, Proxies: d.streams,
+		Audit: d.audit, AuditPath: d.config.path("audit.jsonl"), Sources: d.runner, Proxies: d.streams,
 		Findings: d.pipeline.Findings, Certificate: d.serving.Certificate,
 		Advertised: d.config.Advertise, AdminAddress: d.config.adminAddresses()[0],
 		AgentBinary: program(d.config.AgentProgram, "mesh-agent"), EnvoyBinary: program(d.config.EnvoyProgram, ""),

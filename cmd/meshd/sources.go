@@ -18,8 +18,8 @@ func (d *daemon) wireSources(context.Context) error {
 		Store: d.store, Log: d.log.With("component", "registry"),
 		Cluster: func(m *registry.Member) registry.Source {
 			return kube.NewSource(kube.SourceConfig{
-				Store: d.store, ID: m.ID, Root: func() []byte { return d.authority.Bundle().PEM() },
-				RootChanged: d.authority.Changed, Log: d.log.With("component", "kube", "cluster", m.Name),
+				Store: d.store, ID: m.ID, Replica: d.replica, Log: d.log.With("component", "kube", "name", m.Name),
+				Roots: func() []byte { return d.authority.Bundle().PEM() },
 			})
 		},
 		VMs: func(n federation.Network) registry.Source { return vm.NewSource(d.store, n) },

@@ -100,9 +100,10 @@ func (d *daemon) openAuthority(ctx context.Context) (err error) {
 	if d.tokens, err = caetcd.NewTokens(d.database.Client(), d.config.Etcd.Prefix+"ca/", nil); err != nil {
 		return err
 	}
-	if d.audit, err = ca.OpenAudit(d.config.path("audit.log"), d.replica, nil); err != nil {
+	if d.audit, err = ca.OpenAudit(d.config.path("audit.jsonl"), d.replica, nil); err != nil {
 		return err
 	}
+	d.run("audit", d.audit.Run)
 	who := members{d.store}
 	d.authority, err = ca.Open(ctx, ca.Config{
 		TrustDomain: trustDomain, State: state, Sealer: d.sealer, Audit: d.audit, Grants: who,

@@ -14,6 +14,8 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/isthmus-mesh/isthmus/e2e/bed"
 	"github.com/isthmus-mesh/isthmus/e2e/dns"
 	"github.com/isthmus-mesh/isthmus/e2e/kubelet"
@@ -106,15 +108,37 @@ func (s *Stage) startDNS(ctx context.Context, n *nodes, c *bed.Cluster) (netip.A
 	return dns.InBed(ctx, &n.done, c)
 }
 
+// shelf is where the programs of images lie inside the world. Users of containers cannot
+// go through a home directory, where checkouts and caches often are.
+func (s *Stage) shelf(name string) string { return s.World.Dir("images", name) }
+
+// fillShelf shows every program there.
+func (s *Stage) fillShelf() error {
+	if err := os.MkdirAll(s.World.Dir("images"), 0o755); err != nil {
+		return err
+	}
+	for name, path := range map[string]string{
+		"echo": s.programs.Path("echo"), "mesh-agent": s.programs.Path("mesh-agent"), "envoy": s.World.Binaries().Envoy,
+	} {
+		place := s.shelf(name)
+		if err := os.WriteFile(place, nil, 0o755); err != nil {
+			return err
+		}
+		if err := unix.Mount(path, place, "", unix.MS_BIND, ""); err != nil {
+			return fmt.Errorf("show %s at %s: %w", path, place, err)
+		}
+		s.World.OnClose(func() error { return unix.Unmount(place, unix.MNT_DETACH) })
+	}
+	return nil
+}
+
 // images are the names that manifests of the stories use.
 func (s *Stage) images() map[string]kubelet.Image {
-	envoy := s.World.Binaries().Envoy
+	path := "PATH=" + s.World.Dir("images") + ":/usr/sbin:/usr/bin:/sbin:/bin"
+	all := []string{s.shelf("echo"), s.shelf("mesh-agent"), s.shelf("envoy")}
 	return map[string]kubelet.Image{
-		"isthmus/echo": {Path: s.programs.Path("echo"), Env: []string{"PATH=" + string(s.programs) + ":/usr/sbin:/usr/bin:/sbin:/bin"}},
-		"isthmus/proxy": {
-			Path: s.programs.Path("mesh-agent"), Files: []string{envoy},
-			Env: []string{"PATH=" + string(s.programs) + ":/usr/sbin:/usr/bin:/sbin:/bin", "MESH_ENVOY=" + envoy},
-		},
+		"isthmus/echo":  {Path: s.shelf("echo"), Env: []string{path}, Files: all},
+		"isthmus/proxy": {Path: s.shelf("mesh-agent"), Env: []string{path}, Files: all},
 	}
 }
 

@@ -9,9 +9,13 @@ import (
 	"io"
 	"maps"
 	"os"
+	"path/filepath"
 	"strings"
 	"syscall"
 
+	"sigs.k8s.io/yaml"
+
+	"github.com/isthmus-mesh/isthmus/api"
 	"github.com/isthmus-mesh/isthmus/e2e/bed"
 )
 
@@ -85,7 +89,7 @@ func (s *Stage) Envoy(ctx context.Context, cluster, workload, page string) (stri
 		}
 	}
 	var out bytes.Buffer
-	err := s.Exec(ctx, cluster, pod, ProxyContainer, &out, s.programs.Path("echo"), "get", "http://127.0.0.1:15000"+page)
+	err := s.Exec(ctx, cluster, pod, ProxyContainer, &out, "echo", "get", "http://127.0.0.1:15000"+page)
 	return out.String(), err
 }
 
@@ -127,4 +131,88 @@ func (s *Stage) Onboard(ctx context.Context, name string, flags ...string) (stri
 	}
 	out, err := vm.Run(ctx, strings.TrimSpace(line)+" --token-file /root/token")
 	return line + string(out), err
+}
+
+// Serve runs the echo program on a VM, now and after each reboot.
+func (s *Stage) Serve(vm *bed.VM, args ...string) error {
+	ctx := context.Background()
+	line := fmt.Sprintf("#!/bin/sh\n%s %s >/var/log/echo.log 2>&1 &\n", s.programs.Path("echo"), strings.Join(args, " "))
+	if err := vm.WriteFile(ctx, "/etc/rc.local", []byte(line), 0o755); err != nil {
+		return err
+	}
+	_, err := vm.Run(ctx, "/etc/rc.local")
+	return err
+}
+
+// Doors are the ways in for a person's second terminal.
+type Doors struct {
+	Kubeconfig, MeshConfig string // files
+	Programs               string // folder of mesh and kubectl
+	Page                   string // host:port on the machine's loopback
+}
+
+// OpenDoors forwards the API servers, meshd's admin port and one pod's port to the
+// machine's loopback, and writes the files that lead there. Files and forwarders go with
+// the stage.
+func (s *Stage) OpenDoors(ctx context.Context, cluster, workload string, port uint16) (Doors, error) {
+	var d Doors
+	dir, err := os.MkdirTemp("", "isthmus-demo-")
+	if err != nil {
+		return d, err
+	}
+	s.World.OnClose(func() error { return os.RemoveAll(dir) })
+	d.Kubeconfig, d.MeshConfig, d.Programs = filepath.Join(dir, "kubeconfig"), filepath.Join(dir, "admin.conf"), filepath.Join(dir, "bin")
+	kubeconfig, err := s.World.ForwardedKubeconfig()
+	if err != nil {
+		return d, err
+	}
+	if err := s.linkPrograms(d.Programs); err != nil {
+		return d, err
+	}
+	if err := os.WriteFile(d.Kubeconfig, kubeconfig, 0o600); err != nil {
+		return d, err
+	}
+	admin, err := api.LoadAdminConfig(filepath.Join(s.first.dataDir, "admin.conf"))
+	if err != nil {
+		return d, err
+	}
+	door, err := s.first.Host.Forward(0, s.first.Host.Addr().String()+":8443")
+	if err != nil {
+		return d, err
+	}
+	admin.Server = "https://" + door.Addr()
+	text, err := yaml.Marshal(admin)
+	if err != nil {
+		return d, err
+	}
+	if err := os.WriteFile(d.MeshConfig, text, 0o600); err != nil {
+		return d, err
+	}
+	pods, err := s.Pods(ctx, cluster, workload)
+	if err != nil || len(pods) == 0 {
+		return d, fmt.Errorf("no pod of %s in %s: %w", workload, cluster, err)
+	}
+	c, err := s.cluster(cluster)
+	if err != nil {
+		return d, err
+	}
+	page, err := c.Network().Router().Forward(0, fmt.Sprintf("%s:%d", pods[0].Status.PodIP, port))
+	if err != nil {
+		return d, err
+	}
+	d.Page = page.Addr()
+	return d, nil
+}
+
+// linkPrograms puts mesh and kubectl into a folder of their own.
+func (s *Stage) linkPrograms(dir string) error {
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		return err
+	}
+	for name, path := range map[string]string{"mesh": s.programs.Path("mesh"), "kubectl": s.World.Binaries().Kubectl} {
+		if err := os.Symlink(path, filepath.Join(dir, name)); err != nil {
+			return err
+		}
+	}
+	return nil
 }

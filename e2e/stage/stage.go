@@ -65,6 +65,9 @@ func New(config Config) (*Stage, error) {
 		networks: map[string]*bed.Network{}, clusters: map[string]*Cluster{},
 		controls: map[string]*Control{}, vms: map[string]*bed.VM{},
 	}
+	if err := s.fillShelf(); err != nil {
+		return nil, errors.Join(err, world.Close())
+	}
 	if s.Laptop, err = world.Laptop("laptop"); err != nil {
 		return nil, errors.Join(err, world.Close())
 	}
@@ -140,7 +143,9 @@ func (s *Stage) Run(ctx context.Context, stdin io.Reader, path string, args ...s
 	select {
 	case <-p.Done():
 	case <-ctx.Done():
-		return Result{}, errors.Join(ctx.Err(), p.Kill())
+		err := errors.Join(ctx.Err(), p.Kill())
+		<-p.Done()
+		return Result{Stdout: stdout.String(), Stderr: stderr.String()}, fmt.Errorf("%s: %w\n%s%s", path, err, &stdout, &stderr)
 	}
 	r := Result{Stdout: stdout.String(), Stderr: stderr.String()}
 	if exit := new(exec.ExitError); errors.As(p.Err(), &exit) {

@@ -21,7 +21,8 @@ type Workload struct {
 	Inject          bool
 	Export          bool              // false: isthmus-mesh.io/export: "false"
 	Labels          map[string]string // of the pods, besides app
-	Args            []string          // further arguments of the program
+	Command         []string          // of the program; empty means serve
+	Args            []string          // further arguments
 	Grace           int               // seconds before a kill; 0 means 5
 }
 
@@ -68,6 +69,9 @@ func ParsePort(s string) (WorkloadPort, error) {
 func (w Workload) Manifest() (string, error) {
 	if w.Replicas == 0 {
 		w.Replicas = 1
+	}
+	if len(w.Command) == 0 {
+		w.Command = []string{"serve"}
 	}
 	if w.Account == "" {
 		w.Account = w.Name
@@ -142,7 +146,7 @@ spec:
       containers:
       - name: app
         image: isthmus/echo:dev
-        args: [serve{{range .Args}}, "{{.}}"{{end}}]
+        args: [{{range $i, $a := .Command}}{{if $i}}, {{end}}"{{$a}}"{{end}}{{range .Args}}, "{{.}}"{{end}}]
         env:
         - name: POD
           valueFrom: {fieldRef: {fieldPath: metadata.name}}
