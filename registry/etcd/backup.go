@@ -7,381 +7,322 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
-	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
 	"time"
 
-	"go.etcd.io/bbolt"
-	"go.etcd.io/etcd/api/v3/mvccpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"github.com/isthmus-mesh/isthmus/registry"
+)
+
+// Errors of backups. They are wrapped; use errors.Is.
+var (
+	// ErrNotBackup: the file is something else.
+	ErrNotBackup = errors.New("not a backup of meshd")
+
+	// ErrDamaged: the file began as a backup, but is not whole or not as it was written.
+	ErrDamaged = errors.New("backup is damaged")
+
+	// ErrNewerBackup: the file was written by a newer version of meshd.
+	ErrNewerBackup = errors.New("backup of a newer meshd")
+
+	// ErrNothing: there is nothing to back up.
+	ErrNothing = errors.New("nothing to back up")
+)
+
+// backupFormat is the newest form of backups that this program reads, and the one it
+// writes: a tar file of pages "keys/000000.jsonl" in the order of keys, one Entry a line,
+// and "manifest.json" as the last file, so that a backup that was cut short has none.
+//
+// It holds keys, and not etcd's own snapshot, because an external etcd may serve others
+// too, and because it goes from an embedded etcd into an external one and back.
+const backupFormat = 1
+
+const (
+	manifestName = "manifest.json"
+	pagesDir     = "keys/"
+	backupPage   = 1000     // keys
+	maxPage      = 64 << 20 // bytes of a page that is read
 )
 
 // Manifest says what a backup holds.
 type Manifest struct {
-	V          int       `json:"v"`
-	Created    time.Time `json:"created"`
-	Prefix     string    `json:"prefix"`
-	Revision   int64     `json:"revision"`   // of etcd
-	Keys       int       `json:"keys"`       // below the prefix
-	SHA256     string    `json:"sha256"`     // of the snapshot in the archive
-	SealingKey string    `json:"sealingKey"` // which key opens what is sealed; it is not in the backup
-	Version    string    `json:"version"`    // of the meshd that made it
+	Format      int       `json:"format"`
+	Created     time.Time `json:"created"`
+	Revision    int64     `json:"revision"` // of etcd: the moment that the backup shows
+	Keys        int       `json:"keys"`
+	Bytes       int64     `json:"bytes"`  // of the pages
+	SHA256      string    `json:"sha256"` // of the pages, one after the other, hexadecimal
+	TrustDomain string    `json:"trustDomain"`
+	SealingKey  string    `json:"sealingKey"` // name of the key that seals what is secret; the key itself is kept elsewhere
+	Replica     string    `json:"replica"`
+	Meshd       string    `json:"meshd"` // version
 }
 
-// BackupConfig says what to write where.
+// Entry is one key of a backup.
+type Entry struct {
+	Key    []byte `json:"key"` // without the prefix
+	Value  []byte `json:"value"`
+	Leased bool   `json:"leased,omitempty"` // it would have gone by itself
+}
+
+// BackupConfig says what to back up, and where to.
 type BackupConfig struct {
-	// Path of the archive, which must not exist. It is written whole or not at all, for
-	// this user alone.
+	Client *clientv3.Client
+
+	// Prefix of all keys; empty means "/isthmus/".
+	Prefix string
+
+	// Path of the file, which is replaced as a whole if it is a backup already, and left
+	// alone if it is anything else.
 	Path string
 
-	Prefix     string // empty means "/isthmus/"
-	SealingKey string // names the sealing key, for who restores
-	Version    string // of meshd
-	Now        func() time.Time
+	// About is copied to the manifest: trust domain, sealing key, replica, version, time.
+	About Manifest
 }
 
-const (
-	manifestName = "manifest.json"
-	snapshotName = "etcd.snapshot"
-)
-
-// LocalEndpoint is where the embedded etcd of a running meshd answers tools of the same
-// user; false if none does.
-func LocalEndpoint(dataDir string) (string, bool) {
-	path, err := filepath.Abs(filepath.Join(dataDir, SocketName))
-	if err != nil {
-		return "", false
+// Backup writes everything below the prefix, as of one revision, to a file of mode 0600,
+// and reads it again to be sure. The file appears when it is whole, and not otherwise.
+func Backup(ctx context.Context, config BackupConfig) (*Manifest, error) {
+	if err := mayReplace(config.Path); err != nil {
+		return nil, err
 	}
-	_, err = os.Stat(path)
-	return "unix://" + path, err == nil
-}
-
-// Backup writes an archive of everything in etcd, while it is in use: a manifest and
-// etcd's own snapshot, which etcdutl can read as well.
-func Backup(ctx context.Context, client *clientv3.Client, config BackupConfig) (*Manifest, error) {
-	setDefault(&config.Prefix, "/isthmus/")
-	if config.Now == nil {
-		config.Now = time.Now
-	}
-	if _, err := os.Stat(config.Path); err == nil {
-		return nil, fmt.Errorf("backup: %s exists already", config.Path)
-	}
-	work, err := os.MkdirTemp(filepath.Dir(config.Path), ".backup-")
+	dir := filepath.Dir(config.Path)
+	file, err := os.CreateTemp(dir, "."+filepath.Base(config.Path)+".*") // 0600
 	if err != nil {
 		return nil, fmt.Errorf("backup: %w", err)
 	}
-	defer os.RemoveAll(work)
-	snapshot := filepath.Join(work, snapshotName)
-	if err := fetchSnapshot(ctx, client, snapshot); err != nil {
+	defer os.Remove(file.Name()) // after the rename there is nothing to remove
+	manifest, err := writeBackup(ctx, config, file)
+	if err == nil {
+		err = file.Sync()
+	}
+	if err := errors.Join(err, file.Close()); err != nil {
+		return nil, fmt.Errorf("backup to %s: %w", config.Path, err)
+	}
+	again, err := ReadBackup(file.Name(), nil)
+	if err == nil && again.SHA256 != manifest.SHA256 {
+		err = ErrDamaged
+	}
+	if err != nil {
+		return nil, fmt.Errorf("backup to %s, read again: %w", config.Path, err)
+	}
+	if err := os.Rename(file.Name(), config.Path); err != nil {
 		return nil, fmt.Errorf("backup: %w", err)
 	}
-	m := &Manifest{V: schema, Created: config.Now().UTC(), Prefix: config.Prefix, SealingKey: config.SealingKey, Version: config.Version}
-	if m.SHA256, err = fileSHA256(snapshot); err != nil {
-		return nil, fmt.Errorf("backup: %w", err)
-	}
-	copied := filepath.Join(work, "copy")
-	if err := copyFile(copied, snapshot); err != nil {
-		return nil, fmt.Errorf("backup: %w", err)
-	}
-	values, revision, err := readSnapshot(copied, config.Prefix)
-	if err != nil {
-		return nil, fmt.Errorf("backup: the snapshot cannot be read back: %w", err)
-	}
-	m.Revision, m.Keys = revision, len(values)
-	archive := filepath.Join(work, "archive")
-	if err := writeArchive(archive, m, snapshot); err != nil {
-		return nil, fmt.Errorf("backup: %w", err)
-	}
-	if err := os.Rename(archive, config.Path); err != nil {
-		return nil, fmt.Errorf("backup: %w", err)
-	}
-	return m, nil
+	return manifest, syncDir(dir)
 }
 
-func fetchSnapshot(ctx context.Context, client *clientv3.Client, path string) error {
-	stream, err := client.Snapshot(ctx)
-	if err != nil {
-		return err
+// mayReplace refuses to write over a file that is no backup.
+func mayReplace(path string) error {
+	_, err := ReadBackup(path, nil)
+	switch {
+	case err == nil, errors.Is(err, fs.ErrNotExist), errors.Is(err, ErrDamaged), errors.Is(err, ErrNewerBackup):
+		return nil
+	case errors.Is(err, ErrNotBackup):
+		return fmt.Errorf("%w, and was left as it is", err)
 	}
-	defer stream.Close()
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY|os.O_EXCL, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = io.Copy(f, stream)
-	return errors.Join(err, f.Sync(), f.Close())
+	return err
 }
 
-func copyFile(to, from string) error {
-	in, err := os.Open(from)
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
 	if err != nil {
 		return err
 	}
-	defer in.Close()
-	out, err := os.OpenFile(to, os.O_CREATE|os.O_WRONLY|os.O_EXCL, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = io.Copy(out, in)
-	return errors.Join(err, out.Close())
+	return errors.Join(d.Sync(), d.Close())
 }
 
-func fileSHA256(path string) (string, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return "", err
+func writeBackup(ctx context.Context, config BackupConfig, w io.Writer) (*Manifest, error) {
+	m := config.About
+	m.Format = backupFormat
+	if m.Created.IsZero() {
+		m.Created = time.Now()
 	}
-	defer f.Close()
-	h := sha256.New()
-	if _, err := io.Copy(h, f); err != nil {
-		return "", err
-	}
-	return hex.EncodeToString(h.Sum(nil)), nil
-}
-
-func writeArchive(path string, m *Manifest, snapshot string) error {
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY|os.O_EXCL, 0o600)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	manifest, err := json.MarshalIndent(m, "", "  ")
-	if err != nil {
-		return err
-	}
-	w := tar.NewWriter(f)
-	header := func(name string, size int64) error {
-		return w.WriteHeader(&tar.Header{Name: name, Mode: 0o600, Size: size, ModTime: m.Created})
-	}
-	if err := header(manifestName, int64(len(manifest))); err != nil {
-		return err
-	}
-	if _, err := w.Write(manifest); err != nil {
-		return err
-	}
-	in, err := os.Open(snapshot)
-	if err != nil {
-		return err
-	}
-	defer in.Close()
-	info, err := in.Stat()
-	if err != nil {
-		return err
-	}
-	if err := header(snapshotName, info.Size()); err != nil {
-		return err
-	}
-	if _, err := io.Copy(w, in); err != nil {
-		return err
-	}
-	return errors.Join(w.Close(), f.Sync())
-}
-
-// RestoreConfig says what to restore where.
-type RestoreConfig struct {
-	Path    string // of the archive
-	DataDir string // for an embedded etcd that does not exist yet
-
-	// Rewrite may change or leave out (false) a value; the key is without the prefix. It is
-	// how bundle sequences are raised and unspent tokens voided. Nil keeps all.
-	Rewrite func(key string, value []byte) ([]byte, bool, error)
-}
-
-// Restore fills a new embedded etcd from a backup. What was bound to a process that then
-// lived (sessions, presence) is left out; addresses and everything else are as they were.
-func Restore(ctx context.Context, config RestoreConfig) (*Manifest, error) {
-	target := filepath.Join(config.DataDir, "etcd")
-	if _, err := os.Stat(target); err == nil {
-		return nil, fmt.Errorf("restore: %s exists already; move it away first", target)
-	}
-	if err := os.MkdirAll(config.DataDir, 0o700); err != nil {
-		return nil, fmt.Errorf("restore: %w", err)
-	}
-	work, err := os.MkdirTemp(config.DataDir, ".restore-")
-	if err != nil {
-		return nil, fmt.Errorf("restore: %w", err)
-	}
-	defer os.RemoveAll(work)
-	m, snapshot, err := readArchive(config.Path, work)
-	if err != nil {
-		return nil, fmt.Errorf("restore %s: %w", config.Path, err)
-	}
-	values, _, err := readSnapshot(snapshot, m.Prefix)
-	if err != nil {
-		return nil, fmt.Errorf("restore %s: %w", config.Path, err)
-	}
-	if err := fill(ctx, work, m.Prefix, values, config.Rewrite); err != nil {
-		return nil, fmt.Errorf("restore %s: %w", config.Path, err)
-	}
-	if err := os.Rename(filepath.Join(work, "etcd"), target); err != nil {
-		return nil, fmt.Errorf("restore: %w", err)
-	}
-	return m, nil
-}
-
-// fill writes values into an embedded etcd of its own.
-func fill(ctx context.Context, dir, prefix string, values map[string][]byte, rewrite func(string, []byte) ([]byte, bool, error)) error {
-	db, err := Open(ctx, DatabaseConfig{DataDir: dir})
-	if err != nil {
-		return err
-	}
-	defer db.Close()
-	var ops []clientv3.Op
-	size := 0
-	flush := func() error {
-		if len(ops) == 0 {
-			return nil
-		}
-		_, err := db.client.Txn(ctx).Then(ops...).Commit()
-		ops, size = ops[:0], 0
-		return err
-	}
-	for k, value := range values {
-		if rewrite != nil {
-			var keep bool
-			if value, keep, err = rewrite(strings.TrimPrefix(k, prefix), value); err != nil {
-				return fmt.Errorf("%s: %w", k, err)
-			}
-			if !keep {
-				continue
-			}
-		}
-		ops = append(ops, clientv3.OpPut(k, string(value)))
-		if size += len(k) + len(value); len(ops) >= txnOperations || size >= txnBytes {
-			if err := flush(); err != nil {
+	m.Created = m.Created.UTC().Truncate(time.Second)
+	archive, sum, page := tar.NewWriter(w), sha256.New(), 0
+	prefix := withSlash(config.Prefix)
+	revision, err := readPages(ctx, config.Client, prefix, func(response *clientv3.GetResponse) error {
+		var content bytes.Buffer
+		for _, kv := range response.Kvs {
+			line, err := json.Marshal(Entry{Key: bytes.TrimPrefix(kv.Key, []byte(prefix)), Value: kv.Value, Leased: kv.Lease != 0})
+			if err != nil {
 				return err
 			}
+			content.Write(append(line, '\n'))
 		}
-	}
-	return flush()
-}
-
-// readArchive unpacks an archive and verifies the snapshot in it.
-func readArchive(path, dir string) (*Manifest, string, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, "", err
-	}
-	defer f.Close()
-	var m *Manifest
-	snapshot := filepath.Join(dir, snapshotName)
-	found := false
-	for r := tar.NewReader(f); ; {
-		h, err := r.Next()
-		if errors.Is(err, io.EOF) {
-			break
-		}
-		if err != nil {
-			return nil, "", err
-		}
-		switch h.Name {
-		case manifestName:
-			m = &Manifest{}
-			if err := json.NewDecoder(io.LimitReader(r, 1<<20)).Decode(m); err != nil {
-				return nil, "", fmt.Errorf("%s: %w", manifestName, err)
-			}
-		case snapshotName:
-			out, err := os.OpenFile(snapshot, os.O_CREATE|os.O_WRONLY|os.O_EXCL, 0o600)
-			if err != nil {
-				return nil, "", err
-			}
-			_, err = io.Copy(out, r)
-			if err := errors.Join(err, out.Close()); err != nil {
-				return nil, "", err
-			}
-			found = true
-		}
-	}
-	switch {
-	case m == nil || !found:
-		return nil, "", fmt.Errorf("has no %s or no %s: not a backup of meshd", manifestName, snapshotName)
-	case m.V > schema:
-		return nil, "", fmt.Errorf("%w: %d, this meshd knows up to %d", errNewer, m.V, schema)
-	}
-	sum, err := fileSHA256(snapshot)
-	if err != nil {
-		return nil, "", err
-	}
-	if sum != m.SHA256 {
-		return nil, "", fmt.Errorf("checksum of %s is %s, the manifest says %s: the file was changed or cut", snapshotName, sum, m.SHA256)
-	}
-	return m, snapshot, nil
-}
-
-// readSnapshot reads the newest values below a prefix from a snapshot of etcd: a bbolt
-// file whose bucket "key" has, by revision, every version of every key (see etcd's
-// server/storage/mvcc), followed by its SHA-256.
-func readSnapshot(path, prefix string) (map[string][]byte, int64, error) {
-	if err := dropHash(path); err != nil {
-		return nil, 0, err
-	}
-	db, err := bbolt.Open(path, 0o600, &bbolt.Options{ReadOnly: true, Timeout: time.Second})
-	if err != nil {
-		return nil, 0, err
-	}
-	defer db.Close()
-	values := map[string][]byte{}
-	last := int64(0)
-	err = db.View(func(tx *bbolt.Tx) error {
-		bucket := tx.Bucket([]byte("key"))
-		if bucket == nil {
-			return errors.New("has no bucket of keys")
-		}
-		return bucket.ForEach(func(revision, value []byte) error {
-			if len(revision) < 17 {
-				return fmt.Errorf("revision %x is too short", revision)
-			}
-			last = int64(binary.BigEndian.Uint64(revision))
-			var kv mvccpb.KeyValue
-			if err := kv.Unmarshal(value); err != nil {
-				return fmt.Errorf("revision %d: %w", last, err)
-			}
-			k := string(kv.Key)
-			switch {
-			case !strings.HasPrefix(k, prefix):
-			case len(revision) > 17, kv.Lease != 0: // a tombstone; bound to a process
-				delete(values, k)
-			default:
-				values[k] = bytes.Clone(kv.Value)
-			}
-			return nil
-		})
+		m.Keys += len(response.Kvs)
+		m.Bytes += int64(content.Len())
+		sum.Write(content.Bytes())
+		page++
+		return addFile(archive, pageName(page-1), content.Bytes(), m.Created)
 	})
-	return values, last, err
+	if err != nil {
+		return nil, err
+	}
+	if m.Keys == 0 {
+		return nil, fmt.Errorf("%w: etcd has no key below %s", ErrNothing, prefix)
+	}
+	m.Revision, m.SHA256 = revision, hex.EncodeToString(sum.Sum(nil))
+	text, err := json.MarshalIndent(m, "", "  ")
+	if err != nil {
+		return nil, err
+	}
+	if err := addFile(archive, manifestName, append(text, '\n'), m.Created); err != nil {
+		return nil, err
+	}
+	return &m, archive.Close()
 }
 
-// dropHash verifies and cuts off the SHA-256 that etcd appends to a snapshot.
-func dropHash(path string) error {
-	f, err := os.OpenFile(path, os.O_RDWR, 0)
+func pageName(n int) string { return fmt.Sprintf("%s%06d.jsonl", pagesDir, n) }
+
+// readPages reads everything below a prefix as of one revision, which it returns.
+func readPages(ctx context.Context, client *clientv3.Client, prefix string, take func(*clientv3.GetResponse) error) (int64, error) {
+	revision, from, end := int64(0), prefix, clientv3.GetPrefixRangeEnd(prefix)
+	for {
+		response, err := client.Get(ctx, from, clientv3.WithRange(end), clientv3.WithLimit(backupPage), clientv3.WithRev(revision))
+		if err != nil {
+			return 0, fmt.Errorf("read %s from etcd: %w", prefix, err)
+		}
+		if revision == 0 {
+			revision = response.Header.Revision
+		}
+		if len(response.Kvs) > 0 {
+			if err := take(response); err != nil {
+				return 0, err
+			}
+		}
+		if !response.More {
+			return revision, nil
+		}
+		from = string(response.Kvs[len(response.Kvs)-1].Key) + "\x00"
+	}
+}
+
+func addFile(archive *tar.Writer, name string, content []byte, at time.Time) error {
+	err := archive.WriteHeader(&tar.Header{Name: name, Mode: 0o600, Size: int64(len(content)), ModTime: at, Format: tar.FormatUSTAR})
 	if err != nil {
 		return err
 	}
-	defer f.Close()
-	info, err := f.Stat()
+	_, err = archive.Write(content)
+	return err
+}
+
+// ReadBackup reads a backup, gives every entry to visit (if there is one) in the order of
+// keys, and tells at the end whether all was as it was written. What visit returns ends
+// the reading.
+func ReadBackup(path string, visit func(Entry) error) (*Manifest, error) {
+	file, err := os.Open(path)
 	if err != nil {
-		return err
+		return nil, fmt.Errorf("backup: %w", err)
 	}
-	size := info.Size()
-	if size%512 != sha256.Size {
-		return nil // was cut off before, or is a copy of a database
+	defer file.Close()
+	m, err := readBackup(file, visit)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
 	}
-	h := sha256.New()
-	if _, err := io.CopyN(h, f, size-sha256.Size); err != nil {
-		return err
+	return m, nil
+}
+
+func readBackup(r io.Reader, visit func(Entry) error) (*Manifest, error) {
+	archive := tar.NewReader(r)
+	var read Manifest
+	sum := sha256.New()
+	for page := 0; ; page++ {
+		header, err := archive.Next()
+		switch {
+		case page == 0 && (err != nil || header.Name != pageName(0)):
+			return nil, ErrNotBackup
+		case err == io.EOF:
+			return nil, fmt.Errorf("%w: it ends before its manifest", ErrDamaged)
+		case err != nil:
+			return nil, fmt.Errorf("%w: %v", ErrDamaged, err)
+		case header.Size > maxPage:
+			return nil, fmt.Errorf("%w: %s has %d bytes", ErrDamaged, header.Name, header.Size)
+		case header.Name == manifestName:
+			return readManifest(archive, &read, sum)
+		case header.Name != pageName(page):
+			return nil, fmt.Errorf("%w: unexpected file %q", ErrDamaged, header.Name)
+		}
+		if err := readPage(archive, &read, sum, visit); err != nil {
+			return nil, fmt.Errorf("%s: %w", header.Name, err)
+		}
 	}
-	var appended [sha256.Size]byte
-	if _, err := io.ReadFull(f, appended[:]); err != nil {
-		return err
+}
+
+func readPage(r io.Reader, read *Manifest, sum hash.Hash, visit func(Entry) error) error {
+	content, err := io.ReadAll(r)
+	if err != nil {
+		return fmt.Errorf("%w: %v", ErrDamaged, err)
 	}
-	if !bytes.Equal(h.Sum(nil), appended[:]) {
-		return errors.New("the snapshot's own checksum is wrong")
+	sum.Write(content)
+	read.Bytes += int64(len(content))
+	for line := range bytes.Lines(content) {
+		var e Entry
+		if err := json.Unmarshal(line, &e); err != nil || len(e.Key) == 0 {
+			return fmt.Errorf("%w: line %q", ErrDamaged, line[:min(len(line), 40)])
+		}
+		read.Keys++
+		if visit == nil {
+			continue
+		}
+		if err := visit(e); err != nil {
+			return err
+		}
 	}
-	return f.Truncate(size - sha256.Size)
+	return nil
+}
+
+// readManifest compares what the manifest says with what was read.
+func readManifest(r io.Reader, read *Manifest, sum hash.Hash) (*Manifest, error) {
+	var m Manifest
+	text, err := io.ReadAll(r)
+	if err == nil {
+		err = json.Unmarshal(text, &m)
+	}
+	digest := hex.EncodeToString(sum.Sum(nil))
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("%w: manifest: %v", ErrDamaged, err)
+	case m.Format > backupFormat:
+		return nil, fmt.Errorf("%w (%s): format %d, this one reads up to %d", ErrNewerBackup, m.Meshd, m.Format, backupFormat)
+	case m.Format < 1:
+		return nil, fmt.Errorf("%w: manifest: format %d", ErrDamaged, m.Format)
+	case m.SHA256 != digest:
+		return nil, fmt.Errorf("%w: its content has SHA-256 %s, its manifest says %s", ErrDamaged, digest, m.SHA256)
+	case m.Keys != read.Keys || m.Bytes != read.Bytes:
+		return nil, fmt.Errorf("%w: it has %d keys in %d bytes, its manifest says %d in %d", ErrDamaged, read.Keys, read.Bytes, m.Keys, m.Bytes)
+	}
+	return &m, nil
+}
+
+// OpensWith tells whether a key of a backup holds something that the store has sealed, and
+// why the sealer cannot open it.
+func OpensWith(sealer registry.Sealer, k string, value []byte) (sealed bool, err error) {
+	if p, err := parts(k, clustersPrefix, 2, 2); err != nil || p[1] != "credentials" {
+		return false, nil
+	}
+	var v credentialsValue
+	if decode(value, &v, &v.version) != nil {
+		return false, nil // the store will quarantine it
+	}
+	_, err = sealer.Open(k, v.Sealed)
+	return true, err
+}
+
+func withSlash(prefix string) string {
+	setDefault(&prefix, "/isthmus/")
+	if !strings.HasSuffix(prefix, "/") {
+		prefix += "/"
+	}
+	return prefix
 }
