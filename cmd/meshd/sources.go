@@ -26,6 +26,6 @@ func (d *daemon) wireSources(context.Context) error {
 	})
 	d.metrics.MustRegister(d.runner)
 	d.run("sources", d.runner.Run)
-	d.run("addresses", registry.NewAllocator(registry.AllocatorConfig{Store: d.store, Log: d.log.With("component", "addresses")}).Run)
+	d.run("addresses", registry.Allocator{Store: d.store, Log: d.log.With("component", "addresses")}.Run)
 	return nil
 }
