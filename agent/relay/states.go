@@ -28,13 +28,18 @@ func (r *Relay) reportStates(ctx context.Context, conn *grpc.ClientConn) func() 
 			if state == connectivity.Ready {
 				began, said = time.Now(), ""
 			}
-			if state == connectivity.TransientFailure && time.Since(began) > unreachableAfter {
+			if state != connectivity.Ready && time.Since(began) > unreachableAfter {
 				if reason := r.lastFailure(); reason != said {
 					said = reason
 					r.Log.Warn("meshd cannot be reached, trying on", "server", r.Server, "error", reason, "since", began.UTC().Format(time.RFC3339))
 				}
 			}
-			if !conn.WaitForStateChange(ctx, state) {
+			// A connection that fails again and again stays in one state, so this
+			// also looks once a second.
+			look, done := context.WithTimeout(ctx, time.Second)
+			conn.WaitForStateChange(look, state)
+			done()
+			if ctx.Err() != nil {
 				return
 			}
 		}
