@@ -147,10 +147,8 @@ type exchange struct {
 	envoy   grpc.ServerStream
 	meshd   grpc.ClientStream
 
-	sending   sync.Mutex // guards meshd.SendMsg, which has two callers
-	asked     bool       // the name table was asked for; only requests() uses it
-	mu        sync.Mutex
-	listeners string // nonce of the last listener response
+	sending sync.Mutex // guards meshd.SendMsg, which has two callers
+	asked   bool       // the name table was asked for; only requests() uses it
 }
 
 // requests carries Envoy's messages up.

@@ -56,8 +56,7 @@ func (f *ruleFlags) bind(flags *pflag.FlagSet, get func(string) string) {
 // parse reads everything but resolvers.
 func (f *ruleFlags) parse() (redirect.Rules, error) {
 	var r redirect.Rules
-	var err error
-	return r, errors.Join(
+	err := errors.Join(
 		list(&r.OutboundTo, "outbound-to", f.outboundTo, parsePrefix),
 		list(&r.ExcludeTo, "exclude-to", f.excludeTo, parsePrefix),
 		list(&r.ExcludeToPorts, "exclude-to-ports", f.excludeToPorts, parsePort),
@@ -66,8 +65,8 @@ func (f *ruleFlags) parse() (redirect.Rules, error) {
 		boolean(&r.NoInbound, "no-inbound", f.noInbound),
 		boolean(&r.NoOutbound, "no-outbound", f.noOutbound),
 		boolean(&r.NoDNS, "no-dns", f.noDNS),
-		err,
 	)
+	return r, err
 }
 
 // rules are complete, with the resolvers of the given file.
