@@ -150,7 +150,7 @@ const provePatience = 20 * time.Second
 
 // provePaths repeats the trial until no path fails or patience ends.
 func (j *join) provePaths(ctx context.Context, step *step) (*api.PathReport, error) {
-	patience := j.now().Add(provePatience)
+	patience := j.now().Add(min(provePatience, j.timeout/4))
 	for {
 		one, cancel := context.WithTimeout(ctx, j.requestTimeout)
 		report, err := j.conn.ProbePaths(one, &api.ProbePathsRequest{Cluster: j.name})

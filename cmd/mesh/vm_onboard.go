@@ -200,8 +200,7 @@ func (s *session) awaitVM(ctx context.Context, vm *api.VM, timeout time.Duration
 			list, err = c.ListVMs(ctx, &api.ListVMsRequest{Name: name, Network: vm.GetSpec().GetNetwork()})
 			return err
 		})
-		if err == nil && len(list.GetItems()) == 1 {
-			st := list.GetItems()[0].GetStatus()
+		if st := statusOf(list, vm); err == nil && st != nil {
 			last = strings.TrimSuffix(st.GetPhase()+": "+st.GetMessage(), ": ")
 			if st.GetPhase() == "Healthy" {
 				step.done("%s has an endpoint from %s; undo: mesh vm offboard %s", vmService(vm), name, name)
@@ -214,6 +213,16 @@ func (s *session) awaitVM(ctx context.Context, vm *api.VM, timeout time.Duration
 			return s.waitFailure(ctx, "waiting for "+name, last)
 		}
 	}
+}
+
+// statusOf finds a machine in a list; nil if it is not there.
+func statusOf(list *api.VMList, vm *api.VM) *api.VMStatus {
+	for _, v := range list.GetItems() {
+		if v.GetMetadata().GetName() == vm.GetMetadata().GetName() && v.GetSpec().GetNetwork() == vm.GetSpec().GetNetwork() {
+			return v.GetStatus()
+		}
+	}
+	return nil
 }
 
 // waitFailure is for a wait that ended because of ctx.
