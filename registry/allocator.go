@@ -16,7 +16,10 @@ import (
 // they have rested. Every replica runs one: which address a host gets follows from its
 // name, so that replicas agree, and the store decides where they do not.
 type Allocator struct {
-	Store Store
+	Store interface {
+		Snapshot() (*federation.Snapshot, <-chan struct{})
+		Addresses
+	}
 
 	// Ranges of the addresses; zero means federation's defaults.
 	Ranges federation.VirtualRanges
@@ -46,9 +49,11 @@ func (a Allocator) Run(ctx context.Context) error {
 	defer rest.Stop()
 	for {
 		snapshot, changed := a.Store.Snapshot()
+		var again <-chan time.Time
 		if snapshot.Revision > 0 {
 			if err := a.plan(ctx, snapshot); err != nil && ctx.Err() == nil {
 				a.Log.Warn("cannot keep virtual addresses", "error", err)
+				again = time.After(time.Second)
 			}
 		}
 		select {
@@ -60,6 +65,7 @@ func (a Allocator) Run(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-changed:
+		case <-again:
 		case <-rest.C:
 		}
 	}

@@ -147,7 +147,7 @@ type Addresses interface {
 
 // AddressRest is how long an address stays valid after it was released, and is not given
 // to another host.
-const AddressRest = 24 * time.Hour
+const AddressRest = federation.AddressHold
 
 // VMs are the registered workloads outside of Kubernetes.
 type VMs interface {

@@ -57,6 +57,13 @@ type StoreConfig struct {
 	// one attempt to write may take; zero means 3 s.
 	Patience time.Duration
 
+	// Maintenance is how often the database is looked after; zero means 30 s.
+	Maintenance time.Duration
+
+	// DefragmentFrom is the size of the database in bytes from which it is defragmented,
+	// once less than half of it is in use; zero means 32 MiB.
+	DefragmentFrom int64
+
 	// Log; nil means none.
 	Log *slog.Logger
 
@@ -71,6 +78,8 @@ func (c *StoreConfig) setDefaults() {
 	setDefault(&c.Heartbeat, time.Second)
 	setDefault(&c.Patience, 3*time.Second)
 	setDefault(&c.Replica, "meshd")
+	setDefault(&c.Maintenance, maintainEvery)
+	setDefault(&c.DefragmentFrom, defragmentFrom)
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
@@ -146,6 +155,13 @@ func New(config StoreConfig) *Store {
 func (s *Store) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	wg.Go(func() { s.beat(ctx) })
+	wg.Go(func() {
+		select {
+		case <-s.ready:
+			s.maintain(ctx)
+		case <-ctx.Done():
+		}
+	})
 	defer wg.Wait()
 	defer s.dropPresence()
 	retry := newBackOff(50*time.Millisecond, 2*time.Second)
