@@ -18,6 +18,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -30,7 +31,8 @@ type authority struct {
 	key     *ecdsa.PrivateKey
 	serial  int64
 
-	fail     error          // answer of the next requests, nil to issue
+	mu       sync.Mutex
+	fail     error          // answer of the next requests, nil to issue; see answer
 	byCert   error          // answer to requests with a certificate
 	keys     []string       // public keys asked for
 	with     []*Certificate // credentials shown, nil for the token
@@ -58,8 +60,17 @@ func newAuthority(t *testing.T) *authority {
 	return &authority{root: root, key: key, lifetime: time.Hour, rootPEM: string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))}
 }
 
+// answer decides about the next requests: nil issues.
+func (a *authority) answer(err error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.fail = err
+}
+
 // Issue implements Issuer.
 func (a *authority) Issue(_ context.Context, csr []byte, current *Certificate) ([]string, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
 	block, _ := pem.Decode(csr)
 	request, err := x509.ParseCertificateRequest(block.Bytes)
 	if err != nil {
@@ -152,7 +163,7 @@ func TestKeepsTheOldOneWhileTheServiceIsAway(t *testing.T) {
 		k := &Keeper{Issuer: a, Jitter: func() float64 { return 0 }}
 		keep(t, k)
 		synctest.Wait()
-		a.fail = errors.New("away")
+		a.answer(errors.New("away"))
 		time.Sleep(50 * time.Minute)
 		synctest.Wait()
 		if got := serial(t, k); got != 1 {
@@ -161,7 +172,7 @@ func TestKeepsTheOldOneWhileTheServiceIsAway(t *testing.T) {
 		if n := len(a.keys); n < 20 || n > 400 {
 			t.Errorf("%d attempts in 23 minutes: want patience without sleep", n)
 		}
-		a.fail = nil
+		a.answer(nil)
 		time.Sleep(time.Minute)
 		synctest.Wait()
 		if got := serial(t, k); got != 2 {
@@ -192,14 +203,14 @@ func TestSaysWhyThereIsNone(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		a := newAuthority(t)
-		a.fail = errors.New("the grant does not cover namespace shop")
+		a.answer(errors.New("the grant does not cover namespace shop"))
 		k := &Keeper{Issuer: a}
 		keep(t, k)
 		synctest.Wait()
 		if _, err := k.Current(); !errors.Is(err, ErrNoCertificate) || !strings.Contains(err.Error(), "grant") {
 			t.Errorf("%v", err)
 		}
-		a.fail = nil
+		a.answer(nil)
 		if _, err := k.Wait(t.Context()); err != nil {
 			t.Error(err)
 		}
@@ -224,7 +235,7 @@ func TestARebootNeedsNobody(t *testing.T) {
 				t.Errorf("%s: %v, %v; want mode 0600", file, info, err)
 			}
 		}
-		a.fail = errors.New("away")
+		a.answer(errors.New("away"))
 		second := &Keeper{Issuer: a, Store: store}
 		keep(t, second)
 		synctest.Wait()

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"net"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -26,8 +27,9 @@ func TestTheVerdictNeedsSeveralFailuresInARow(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		failing := errors.New("connection refused")
-		var result error
-		c := &report.Checker{Check: func(context.Context) error { return result }, Interval: time.Second, Failures: 3, Successes: 2}
+		var result atomic.Value // of a func() error
+		result.Store(func() error { return nil })
+		c := &report.Checker{Check: func(context.Context) error { return result.Load().(func() error)() }, Interval: time.Second, Failures: 3, Successes: 2}
 		if s := c.State(); s.Healthy || s.Message != "not checked yet" {
 			t.Errorf("before the first check: %+v", s)
 		}
@@ -46,7 +48,7 @@ func TestTheVerdictNeedsSeveralFailuresInARow(t *testing.T) {
 			{failing, true}, {failing, true}, {failing, false},
 			{nil, false}, {failing, false}, {nil, false}, {nil, true},
 		} {
-			result = step.result
+			result.Store(func() error { return step.result })
 			time.Sleep(time.Second)
 			synctest.Wait()
 			if s := c.State(); s.Healthy != step.healthy {
