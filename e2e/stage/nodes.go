@@ -9,6 +9,7 @@ import (
 	"io"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
@@ -108,13 +109,14 @@ func (s *Stage) startDNS(ctx context.Context, n *nodes, c *bed.Cluster) (netip.A
 	return dns.InBed(ctx, &n.done, c)
 }
 
-// shelf is where the programs of images lie inside the world. Users of containers cannot
-// go through a home directory, where checkouts and caches often are.
-func (s *Stage) shelf(name string) string { return s.World.Dir("images", name) }
+// shelf is where the programs of images lie, on the bed's private /run. Users of containers
+// cannot go through a home directory, where checkouts and caches often are; and proxies
+// mount a volume over /run/isthmus, where the world's own folder is.
+func (s *Stage) shelf(name string) string { return filepath.Join("/run/programs", s.World.Name(), name) }
 
 // fillShelf shows every program there.
 func (s *Stage) fillShelf() error {
-	if err := os.MkdirAll(s.World.Dir("images"), 0o755); err != nil {
+	if err := os.MkdirAll(s.shelf(""), 0o755); err != nil {
 		return err
 	}
 	for name, path := range map[string]string{
@@ -134,7 +136,7 @@ func (s *Stage) fillShelf() error {
 
 // images are the names that manifests of the stories use.
 func (s *Stage) images() map[string]kubelet.Image {
-	path := "PATH=" + s.World.Dir("images") + ":/usr/sbin:/usr/bin:/sbin:/bin"
+	path := "PATH=" + s.shelf("") + ":/usr/sbin:/usr/bin:/sbin:/bin"
 	all := []string{s.shelf("echo"), s.shelf("mesh-agent"), s.shelf("envoy")}
 	return map[string]kubelet.Image{
 		"isthmus/echo":  {Path: s.shelf("echo"), Env: []string{path}, Files: all},
