@@ -87,16 +87,28 @@ func (b *Builder) BuildClass(view *federation.View, index *config.Index, class C
 // other services too, so they are always made again.
 func (b *Builder) part(job *build, s *federation.Service) *built {
 	if job.routed(s) {
-		made := job.service(s)
-		return &made
+		return job.guarded(s)
 	}
 	rule, _ := job.destinationRule(s)
 	key := partKey{service: s, rule: rule, trustDomain: job.class.TrustDomain, families: job.class.families()}
 	if part := b.parts[key]; part != nil {
 		return part
 	}
-	made := job.service(s)
-	b.parts[key] = &made
+	made := job.guarded(s)
+	b.parts[key] = made
+	return made
+}
+
+// guarded is service, for input that nobody thought of: one service that makes the
+// translation fail must not take down the others.
+func (b *build) guarded(s *federation.Service) (out *built) {
+	defer func() {
+		if r := recover(); r != nil {
+			out = &built{}
+			out.note("Service "+s.Name.String(), federation.SeverityError, "cannot be translated and is left out: %v; please report this", r)
+		}
+	}()
+	made := b.service(s)
 	return &made
 }
 

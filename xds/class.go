@@ -37,11 +37,11 @@ func (c Class) String() string {
 
 func (c Class) families() families { return families{v4: c.V4, v6: c.V6} }
 
-// Scope says whose view the proxy sees. A gateway sees what a stranger on its network
-// would: nothing that is local to one cluster, so that it cannot be asked for it.
+// Scope says whose view the proxy sees. A gateway sees what strangers may be let in to:
+// nothing that is local to one cluster, so that it cannot be asked for it.
 func (p Proxy) Scope() federation.Scope {
 	if p.Role == federation.GatewayRole {
-		return federation.Scope{Network: p.Network}
+		return federation.Scope{Network: p.Network, Gateway: true}
 	}
 	return federation.Scope{Cluster: p.Cluster, Network: p.Network}
 }

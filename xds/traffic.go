@@ -52,14 +52,14 @@ func overlay(out *networking.TrafficPolicy, lb *networking.LoadBalancerSettings,
 
 // applyTraffic changes a cluster as a DestinationRule asks.
 func (p *packer) applyTraffic(c *clusterv3.Cluster, t target, policy *networking.TrafficPolicy) error {
-	if err := balance(c, policy.LoadBalancer); err != nil {
+	if err := balance(c, policy.GetLoadBalancer()); err != nil {
 		return fmt.Errorf("loadBalancer: %w", err)
 	}
-	if err := p.limitConnections(c, policy.ConnectionPool); err != nil {
+	if err := p.limitConnections(c, policy.GetConnectionPool()); err != nil {
 		return fmt.Errorf("connectionPool: %w", err)
 	}
-	judge(c, policy.OutlierDetection)
-	if err := p.clientTLS(c, t, policy.Tls); err != nil {
+	judge(c, policy.GetOutlierDetection())
+	if err := p.clientTLS(c, t, policy.GetTls()); err != nil {
 		return fmt.Errorf("tls: %w", err)
 	}
 	return nil

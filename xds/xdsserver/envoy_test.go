@@ -4,6 +4,7 @@ package xdsserver_test
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"crypto/tls"
 	"fmt"
@@ -306,6 +307,9 @@ func TestEnvoy(t *testing.T) {
 	})
 	t.Run("plaintext from outside the mesh", func(t *testing.T) { plaintext(t, m) })
 	t.Run("what an SNI can name", func(t *testing.T) { attackGateway(t, m) })
+	t.Run("headless pods by their own addresses", func(t *testing.T) { headless(t, m) })
+	t.Run("a headless service that exists only elsewhere", func(t *testing.T) { remoteHeadless(t, m) })
+	t.Run("routes, subsets and weights across the gateway", func(t *testing.T) { routes(t, m) })
 	t.Run("failover follows readiness", func(t *testing.T) { failover(t, m) })
 	t.Run("an update resends only what changed", func(t *testing.T) { resends(t, m) })
 }
@@ -431,8 +435,28 @@ func attackGateway(t *testing.T, m *mesh) {
 		}
 		until(t, c.what+" is counted", func() bool { return m.gatewayProxy.stat(c.counter) != before })
 	}
-	// A trailing dot is not sent by Go's client, so the hello is written by hand elsewhere
-	// (see the gateways package). Without a certificate the callee refuses.
+	// Go's client cuts a trailing dot off, so it is written into the hello afterwards.
+	counter := "listener.eastwest.no_filter_chain_match"
+	before := m.gatewayProxy.stat(counter)
+	raw, err := m.client.dialMarked(gatewayIP+":15443", 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer raw.Close()
+	_ = raw.SetDeadline(time.Now().Add(3 * time.Second))
+	if err := tls.Client(&patched{raw, []byte(good + "x"), []byte(good + ".")}, &tls.Config{ServerName: good + "x", NextProtos: []string{"istio"}, InsecureSkipVerify: true}).Handshake(); err == nil {
+		t.Error("a trailing dot: the handshake succeeded")
+	}
+	until(t, "a trailing dot is counted", func() bool { return m.gatewayProxy.stat(counter) != before })
+	// Envoy reads SNIs without regard to case: upper case names the same service, and
+	// where there is none in lower case it names nothing.
+	if err := hello("XDS-GRPC", "istio"); err == nil {
+		t.Error("a helper cluster in upper case: the handshake succeeded")
+	}
+	if err := hello("OUTBOUND_.80_._.NONE.SHOP.SVC.CLUSTER.LOCAL", "istio"); err == nil {
+		t.Error("an unknown service in upper case: the handshake succeeded")
+	}
+	// Without a certificate the callee refuses.
 	conn, err := m.client.dialMarked(gatewayIP+":15443", 0)
 	if err != nil {
 		t.Fatal(err)
@@ -444,6 +468,115 @@ func attackGateway(t *testing.T, m *mesh) {
 	if b, err := io.ReadAll(c); err == nil || len(b) > 0 {
 		t.Errorf("without a certificate: %q %v", b, err)
 	}
+}
+
+// patched replaces bytes in what is written.
+type patched struct {
+	net.Conn
+	from, to []byte
+}
+
+func (p *patched) Write(b []byte) (int, error) {
+	return p.Conn.Write(bytes.ReplaceAll(b, p.from, p.to))
+}
+
+// object is a piece of configuration of the primary east.
+func object(apiVersion, kind, name, spec string) *federation.Object {
+	return &federation.Object{
+		Source: "kube:east", APIVersion: apiVersion, Kind: kind, Namespace: "shop", Name: name, Created: time.Unix(1, 0),
+		Raw: fmt.Appendf(nil, `{"apiVersion":%q,"kind":%q,"metadata":{"name":%q,"namespace":"shop"},"spec":%s}`, apiVersion, kind, name, spec),
+	}
+}
+
+// headless calls a pod of the own cluster by its address.
+func headless(t *testing.T, m *mesh) {
+	db := federation.ServiceName{Namespace: "shop", Name: "db"}
+	m.change(t, func(s *federation.Snapshot) {
+		e := endpoint(m.nearLoad)
+		e.Hostname = "near-0"
+		r := *record("kube:east", e)
+		r.Name, r.Type, r.ClusterIPs = db, federation.Headless, nil
+		s.Records[db] = []*federation.Record{&r}
+	})
+	until(t, "a call by the pod's address is mutual TLS", func() bool {
+		code, body, err := get(m.client.client(), "http://"+nearIP+":8080/")
+		return err == nil && code == 200 && strings.Contains(body, "sa/client")
+	})
+	conn, err := m.client.dial(nearIP + ":9000")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	_ = conn.SetDeadline(time.Now().Add(5 * time.Second))
+	if line, err := bufio.NewReader(conn).ReadString('\n'); line != "hello from near\n" {
+		t.Errorf("%q %v", line, err)
+	}
+	if got := m.clientProxy.stat("cluster.outbound|83||db.shop.svc.cluster.local.ssl.handshake"); got == "" {
+		t.Error("server-first TCP to a headless pod was not encrypted")
+	}
+	m.change(t, func(s *federation.Snapshot) { delete(s.Records, db) })
+}
+
+// remoteHeadless calls a pod of another cluster by its name's own address.
+func remoteHeadless(t *testing.T, m *mesh) {
+	db := federation.ServiceName{Namespace: "shop", Name: "rdb"}
+	m.change(t, func(s *federation.Snapshot) {
+		e := endpoint(m.farLoad)
+		e.Hostname = "rdb-0"
+		r := *record("kube:west", e)
+		r.Name, r.Type, r.ClusterIPs = db, federation.Headless, nil
+		s.Records[db] = []*federation.Record{&r}
+		addresses := map[string]federation.VirtualAddress{}
+		for host, a := range s.Addresses {
+			addresses[host] = a
+		}
+		for i, host := range []string{"rdb.shop.svc.cluster.local", "rdb-0.rdb.shop.svc.cluster.local", "rdb-0.west.rdb.shop.svc.clusterset.local"} {
+			addresses[host] = federation.VirtualAddress{Host: host, V4: netip.MustParseAddr(fmt.Sprintf("240.240.0.%d", 20+i))}
+		}
+		s.Addresses = addresses
+	})
+	for _, ip := range []string{"240.240.0.20", "240.240.0.21", "240.240.0.22"} {
+		until(t, "an answer by "+ip, func() bool {
+			code, body, err := get(m.client.client(), "http://"+ip+"/")
+			return err == nil && code == 200 && strings.HasPrefix(body, "far ")
+		})
+	}
+	m.change(t, func(s *federation.Snapshot) { delete(s.Records, db) })
+}
+
+// routes sends by header and by weight to subsets in both networks.
+func routes(t *testing.T, m *mesh) {
+	m.change(t, func(s *federation.Snapshot) {
+		near, far := endpoint(m.nearLoad), endpoint(m.farLoad)
+		near.Labels, far.Labels = map[string]string{"at": "near"}, map[string]string{"at": "far"}
+		s.Records[federation.ServiceName{Namespace: "shop", Name: "pay"}] = []*federation.Record{record("kube:east", near), record("kube:west", far)}
+		s.Objects = []*federation.Object{
+			object("networking.istio.io/v1", "DestinationRule", "pay", `{"host":"pay","subsets":[{"name":"near","labels":{"at":"near"}},{"name":"Far","labels":{"at":"far"}}]}`),
+			object("networking.istio.io/v1", "VirtualService", "pay", `{"hosts":["pay"],"http":[
+				{"match":[{"headers":{"x-at":{"exact":"far"}}}],"route":[{"destination":{"host":"pay","subset":"Far"}}]},
+				{"match":[{"uri":{"prefix":"/half"}}],"route":[{"destination":{"host":"pay","subset":"near"},"weight":50},{"destination":{"host":"pay","subset":"Far"},"weight":50}]},
+				{"route":[{"destination":{"host":"pay","subset":"near"}}]}]}`),
+		}
+	})
+	count := func(path string, headers ...string) map[string]int {
+		got := map[string]int{}
+		for range 40 {
+			code, body, err := get(m.client.client(), "http://10.96.0.9"+path, headers...)
+			who, _, _ := strings.Cut(body, " ")
+			if err != nil || code != 200 {
+				who = fmt.Sprint(code, body, err)
+			}
+			got[who]++
+		}
+		return got
+	}
+	until(t, "all to near", func() bool { return count("/")["near"] == 40 })
+	until(t, "all with the header to far", func() bool { return count("/", "x-at", "far")["far"] == 40 })
+	half := count("/half")
+	if half["near"] < 8 || half["far"] < 8 || half["near"]+half["far"] != 40 {
+		t.Errorf("50 to 50: %v", half)
+	}
+	m.change(t, func(s *federation.Snapshot) { s.Objects = nil })
 }
 
 // failover makes the local endpoint unready while it still answers.

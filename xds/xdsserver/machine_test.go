@@ -68,6 +68,9 @@ func (c *modelClient) change(typeURL, name string, version byte) {
 // want subscribes to or from a name.
 func (c *modelClient) want(typeURL, name string, on bool) {
 	first := c.wanted[typeURL] == nil
+	if first && c.sotw && !on {
+		return // a first request without names would mean everything
+	}
 	if first {
 		c.wanted[typeURL] = map[string]bool{}
 	}

@@ -71,6 +71,7 @@ type Pipeline struct {
 // scope is what the feeds of one scope share.
 type scope struct {
 	view       *federation.View
+	made       *federation.Snapshot // what view was made of; nil to make it again
 	damper     *federation.Damper
 	generators map[federation.ProxyRole]Generator
 	used       bool
@@ -80,7 +81,6 @@ type scope struct {
 type class struct {
 	view      *federation.View
 	index     *config.Index
-	round     uint64
 	resources xds.Resources
 	findings  []federation.Finding
 	used      bool
@@ -217,7 +217,7 @@ func (p *Pipeline) letGo(now time.Time) {
 		for _, g := range s.generators {
 			g.Forget(names...)
 		}
-		s.view = nil // the same services, another split
+		s.made = nil // the same services, another split
 	}
 }
 
@@ -253,8 +253,8 @@ func (p *Pipeline) frame(proxy xds.Proxy) (Frame, bool) {
 		p.scopes[at] = s
 	}
 	s.used = true
-	if s.view == nil || s.view.Revision != p.snapshot.Revision {
-		s.view = p.snapshot.ViewFrom(s.view, at)
+	if s.made != p.snapshot {
+		s.view, s.made = p.snapshot.ViewFrom(s.view, at), p.snapshot
 	}
 	g := s.generators[proxy.Role]
 	if g == nil {
