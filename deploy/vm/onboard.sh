@@ -354,8 +354,10 @@ case ${1:-} in
 start)
 	if running; then echo "mesh-agent is running"; exit 0; fi
 	mkdir -p "$run"
-	if command -v setsid >/dev/null 2>&1; then setsid "$0" run </dev/null >>"$log" 2>&1 &
-	else nohup "$0" run </dev/null >>"$log" 2>&1 & fi
+	# A clean environment: the caller's may configure other programs of the mesh.
+	set -- env -i PATH="$PATH" "$0" run
+	if command -v setsid >/dev/null 2>&1; then set -- setsid "$@"; else set -- nohup "$@"; fi
+	"$@" </dev/null >>"$log" 2>&1 &
 	echo $! >"$run/service.pid"
 	;;
 run)
