@@ -112,7 +112,9 @@ func (s *Stage) startDNS(ctx context.Context, n *nodes, c *bed.Cluster) (netip.A
 // shelf is where the programs of images lie, on the bed's private /run. Users of containers
 // cannot go through a home directory, where checkouts and caches often are; and proxies
 // mount a volume over /run/isthmus, where the world's own folder is.
-func (s *Stage) shelf(name string) string { return filepath.Join("/run/programs", s.World.Name(), name) }
+func (s *Stage) shelf(name string) string {
+	return filepath.Join("/run/programs", s.World.Name(), name)
+}
 
 // fillShelf shows every program there.
 func (s *Stage) fillShelf() error {

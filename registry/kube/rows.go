@@ -175,6 +175,8 @@ func (l *labelSets) service(object any) (*serviceRow, bool) {
 		}
 	}
 	if s.Labels[GatewayLabel] == "eastwest" || s.Labels[istioGatewayLabel] == "eastwestgateway" {
+		// A way into the network, not a service that is reached through one.
+		r.local = true
 		r.takeGateway(s)
 	}
 	return r, true
