@@ -15,6 +15,13 @@ import (
 	"github.com/isthmus-mesh/isthmus/e2e/stage"
 )
 
+// faultWords break things, and look into proxies.
+var faultWords = map[string]word{
+	"unready": wordReady, "ready": wordReady, "kill": wordProcess, "stop": wordProcess, "pause": wordProcess,
+	"resume": wordProcess, "start": wordProcess, "cut": wordCut, "heal": wordCut, "capture": wordCapture,
+	"captured": wordCaptured, "stat": wordStat, "in": wordIn, "proxy": wordProxy,
+}
+
 // wordReady tells the pods of a workload to be ready or not; they go on answering.
 func wordReady(ctx context.Context, s *scene) error {
 	args, _, err := s.need(2)
@@ -190,35 +197,4 @@ func wordIn(ctx context.Context, s *scene) error {
 	err = s.Exec(ctx, args[0], pod, first(s.opts["container"], "app"), &out, rest...)
 	s.out = out.String()
 	return err
-}
-
-func wordVM(ctx context.Context, s *scene) error {
-	args, _, err := s.need(1)
-	if err != nil {
-		return err
-	}
-	_, err = s.VM(ctx, args[0], first(s.opts["network"], args[0]+"-net"))
-	return err
-}
-
-// wordOnboard registers a VM and pastes the printed line there.
-func wordOnboard(ctx context.Context, s *scene) error {
-	args, flags, err := s.need(1)
-	if err != nil {
-		return err
-	}
-	s.out, err = s.Onboard(ctx, args[0], flags...)
-	return err
-}
-
-func wordReboot(_ context.Context, s *scene) error {
-	args, _, err := s.need(1)
-	if err != nil {
-		return err
-	}
-	vm, ok := s.VMs()[args[0]]
-	if !ok {
-		return fmt.Errorf("there is no VM %q", args[0])
-	}
-	return vm.Reboot()
 }

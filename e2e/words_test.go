@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"regexp"
@@ -52,17 +53,22 @@ const stageKey = key("stage")
 //	stat CLUSTER NS/APP REGEXP             a line of the Envoy's /stats
 func words() map[string]func(*testscript.TestScript, bool, []string) {
 	commands := map[string]func(*testscript.TestScript, bool, []string){}
-	for name, w := range map[string]word{
-		"cluster": wordCluster, "meshd": wordMeshd, "etcd": wordEtcd, "join": wordJoin, "mesh": wordMesh, "kubectl": wordKubectl,
-		"workload": wordWorkload, "apply": wordApply, "call": wordCall, "share": wordShare, "load": wordLoad,
-		"eventually": wordEventually, "unready": wordReady, "ready": wordReady, "kill": wordProcess, "stop": wordProcess,
-		"pause": wordProcess, "resume": wordProcess, "start": wordProcess, "cut": wordCut, "heal": wordCut,
-		"capture": wordCapture, "captured": wordCaptured, "stat": wordStat, "in": wordIn, "proxy": wordProxy,
-		"vm": wordVM, "onboard": wordOnboard, "reboot": wordReboot,
-	} {
+	for name, w := range vocabulary() {
 		commands[name] = perform(name, w)
 	}
 	return commands
+}
+
+// vocabulary collects the words of all files.
+func vocabulary() map[string]word {
+	all := map[string]word{
+		"cluster": wordCluster, "meshd": wordMeshd, "etcd": wordEtcd, "join": wordJoin, "mesh": wordMesh, "kubectl": wordKubectl,
+		"workload": wordWorkload, "apply": wordApply, "call": wordCall, "share": wordShare, "load": wordLoad, "eventually": wordEventually,
+	}
+	for _, some := range []map[string]word{faultWords, trafficWords, machineWords, outageWords, hostileWords} {
+		maps.Copy(all, some)
+	}
+	return all
 }
 
 // scene is one line of a script.
@@ -347,23 +353,36 @@ func wordLoad(ctx context.Context, s *scene) error {
 	return fmt.Errorf("load %s: want start or stop", args[0])
 }
 
-// wordEventually repeats another word until it succeeds.
+// wordEventually repeats another word until it succeeds (with ! before it: until it is
+// refused), and with match=REGEXP until what it found matches too.
 func wordEventually(ctx context.Context, s *scene) error {
-	if len(s.args) == 0 {
+	args := s.args
+	neg := len(args) > 0 && args[0] == "!"
+	if neg {
+		args = args[1:]
+	}
+	if len(args) == 0 {
 		return errors.New("want a word to repeat")
 	}
-	all := map[string]word{"call": wordCall, "mesh": wordMesh, "kubectl": wordKubectl, "stat": wordStat, "in": wordIn}
-	w, ok := all[s.args[0]]
+	w, ok := vocabulary()[args[0]]
 	if !ok {
-		return fmt.Errorf("%s cannot be repeated", s.args[0])
+		return fmt.Errorf("there is no word %s", args[0])
+	}
+	matching, err := regexp.Compile(s.opts["match"])
+	if err != nil {
+		return err
 	}
 	inner := *s
-	inner.verb, inner.args = s.args[0], s.args[1:]
-	matching := regexp.MustCompile(s.opts["match"])
+	inner.verb, inner.args = args[0], args[1:]
 	took, err := stage.Until(ctx, stage.Patience, func() error {
 		err := w(ctx, &inner)
-		if err == nil && !matching.MatchString(inner.out) {
-			err = fmt.Errorf("no match for %q in:\n%s", s.opts["match"], inner.out)
+		switch {
+		case neg && err == nil:
+			return fmt.Errorf("%s still succeeds:\n%s", args[0], inner.out)
+		case neg:
+			return nil
+		case err == nil && !matching.MatchString(inner.out):
+			return fmt.Errorf("no match for %q in:\n%s", s.opts["match"], inner.out)
 		}
 		return err
 	})
