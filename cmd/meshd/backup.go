@@ -9,12 +9,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/isthmus-mesh/isthmus/ca"
@@ -188,29 +190,47 @@ func openBackup(ctx context.Context, c Configuration, path string) (int, error) 
 		return 0, err
 	}
 	state, opened := &ca.Memory{}, 0
-	_, err = etcd.ReadBackup(path, func(e etcd.Entry) error {
+	var refused error // the first value that does not open
+	manifest, err := etcd.ReadBackup(path, func(e etcd.Entry) error {
 		key := string(e.Key)
 		if name, ok := strings.CutPrefix(key, "ca/"); ok {
 			_, err := state.Create(ctx, name, e.Value)
 			return err
 		}
 		isSealed, err := etcd.OpensWith(sealer, key, e.Value)
-		if isSealed {
+		if isSealed && err == nil {
 			opened++
 		}
-		return err
+		if refused == nil {
+			refused = err
+		}
+		return nil
 	})
 	if err != nil {
 		return 0, err
 	}
-	if _, err := state.Fetch(ctx, strings.TrimPrefix(rootKey, "ca/")); errors.Is(err, ca.ErrNotFound) {
-		return opened, nil // of a meshd that never got that far
+	issuers := 0
+	if refused == nil {
+		issuers, refused = openAuthorities(ctx, trustDomain, state, sealer)
 	}
-	authority, err := ca.Open(ctx, ca.Config{TrustDomain: trustDomain, State: state, Sealer: sealer, Audit: nobody{}})
+	if errors.Is(refused, ca.ErrSealed) {
+		refused = fmt.Errorf("%s needs the sealing key %s: %w", path, manifest.SealingKey, refused)
+	}
+	return opened + issuers, refused
+}
+
+// openAuthorities opens the authorities of a copied state, and counts them.
+func openAuthorities(ctx context.Context, trustDomain spiffeid.TrustDomain, state ca.State, sealer ca.Sealer) (int, error) {
+	if _, err := state.Fetch(ctx, strings.TrimPrefix(rootKey, "ca/")); errors.Is(err, ca.ErrNotFound) {
+		return 0, nil // of a meshd that never got that far
+	}
+	authority, err := ca.Open(ctx, ca.Config{
+		TrustDomain: trustDomain, State: state, Sealer: sealer, Audit: nobody{}, Log: slog.New(slog.DiscardHandler),
+	})
 	if err != nil {
 		return 0, err
 	}
-	return opened + len(authority.Issuers()), nil
+	return len(authority.Issuers()), nil
 }
 
 // nobody is told what a check finds: it issues nothing.
@@ -271,7 +291,7 @@ func finishRestore(ctx context.Context, c Configuration, client *clientv3.Client
 		return done, err
 	}
 	defer func() { err = errors.Join(err, audit.Close()) }()
-	authority, err := ca.Open(ctx, ca.Config{TrustDomain: trustDomain, State: state, Sealer: sealer, Audit: audit})
+	authority, err := ca.Open(ctx, ca.Config{TrustDomain: trustDomain, State: state, Sealer: sealer, Audit: audit, Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		return done, err
 	}
