@@ -61,8 +61,19 @@ func (b *build) visible(s *federation.Service) bool {
 	return b.index.Imports(b.class.Namespace, b.labels, s.Name, 0)
 }
 
+// split asks the view for hops, and tells weigh also of networks that have none any more:
+// a change from or to zero is never held back.
 func (b *build) split(s *federation.Service, port uint32, subset string, match func(map[string]string) bool) []federation.Group {
-	return b.view.Split(federation.Query{Service: s, Port: port, Subset: subset, Match: match, Weigh: b.weigh})
+	groups := b.view.Split(federation.Query{Service: s, Port: port, Subset: subset, Match: match, Weigh: b.weigh})
+	if b.weigh == nil {
+		return groups
+	}
+	for network := range b.view.Gateways {
+		if !slices.ContainsFunc(groups, func(g federation.Group) bool { return g.Network == network }) {
+			b.weigh(federation.WeightKey{Service: s.Name, Port: port, Subset: subset, Network: network}, 0)
+		}
+	}
+	return groups
 }
 
 // mode is what a workload's port asks of its callers.

@@ -4,6 +4,7 @@ package xds
 
 import (
 	"net/netip"
+	"unicode/utf8"
 
 	"github.com/isthmus-mesh/isthmus/api"
 	"github.com/isthmus-mesh/isthmus/federation"
@@ -30,7 +31,7 @@ func (b *build) nameTable(services []*federation.Service) built {
 func (b *build) names(table *api.NameTable, s *federation.Service) {
 	name := func(host string, registry bool, list []netip.Addr) {
 		ips := b.dialable(list)
-		if len(ips) == 0 {
+		if len(ips) == 0 || !utf8.ValidString(host) {
 			return
 		}
 		info := &api.NameTable_NameInfo{Ips: ips}

@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package xdsserver_test
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"net/netip"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/isthmus-mesh/isthmus/federation"
+	"github.com/isthmus-mesh/isthmus/xds"
+	"github.com/isthmus-mesh/isthmus/xds/xdsserver"
+)
+
+func startPipeline(t *testing.T, c xdsserver.PipelineConfig) *xdsserver.Pipeline {
+	t.Helper()
+	c.Generators = generators()
+	p := xdsserver.NewPipeline(c)
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() { defer close(done); _ = p.Run(ctx) }()
+	t.Cleanup(func() { cancel(); <-done })
+	return p
+}
+
+var clientPeer = xdsserver.Peer{
+	Workload: federation.WorkloadKey{Source: "kube:east", UID: "uid-client"}, Namespace: "shop", ServiceAccount: "client",
+}
+
+func clientLoad() *federation.Workload {
+	return workload("kube:east", "client", "n1", clientIP, federation.Sidecar)
+}
+
+// later is a copy at the next revision.
+func later(s *federation.Snapshot) *federation.Snapshot {
+	out := *s
+	out.Revision++
+	out.Records = maps.Clone(s.Records)
+	out.Workloads = maps.Clone(s.Workloads)
+	return &out
+}
+
+func TestNobodyIsServedBeforeTheFirstSnapshot(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := startPipeline(t, xdsserver.PipelineConfig{})
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if _, err := p.Attach(ctx, clientPeer); status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), "has not read its store yet") {
+			t.Error(err)
+		}
+	})
+}
+
+func TestAWorkloadThatIsNotKnownYetWaits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := startPipeline(t, xdsserver.PipelineConfig{})
+		empty := snapshotOf(nil)
+		p.Update(empty)
+		type result struct {
+			feed xdsserver.Feed
+			err  error
+		}
+		got := make(chan result, 1)
+		go func() {
+			f, err := p.Attach(t.Context(), clientPeer)
+			got <- result{f, err}
+		}()
+		time.Sleep(10 * time.Second)
+		next := later(empty)
+		next.Workloads[clientPeer.Workload] = clientLoad()
+		p.Update(next)
+		r := <-got
+		if r.err != nil {
+			t.Fatal(r.err)
+		}
+		if f := r.feed.Current(); len(f.Resources[xds.ListenerType]) == 0 || f.Revision != 2 {
+			t.Errorf("%+v", f)
+		}
+		r.feed.Close()
+
+		// Deleted is another thing than unknown.
+		gone := later(next)
+		delete(gone.Workloads, clientPeer.Workload)
+		p.Update(gone)
+		synctest.Wait()
+		time.Sleep(time.Second)
+		if _, err := p.Attach(t.Context(), clientPeer); status.Code(err) != codes.PermissionDenied {
+			t.Error(err)
+		}
+	})
+}
+
+func TestWhoTheCredentialSaysMustBeWhoTheRecordSays(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := startPipeline(t, xdsserver.PipelineConfig{})
+		p.Update(snapshotOf([]*federation.Workload{clientLoad()}))
+		time.Sleep(time.Second)
+		other := clientPeer
+		other.ServiceAccount = "admin"
+		if _, err := p.Attach(t.Context(), other); status.Code(err) != codes.PermissionDenied {
+			t.Error(err)
+		}
+	})
+}
+
+func TestOnlyThoseConcernedAreWoken(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := startPipeline(t, xdsserver.PipelineConfig{})
+		inShop, other := clientLoad(), workload("kube:east", "other", "n1", "10.1.0.9", federation.Sidecar)
+		other.Namespace = "elsewhere"
+		private := record("kube:east", endpoint(workload("kube:east", "near", "n1", nearIP, federation.Sidecar)))
+		private.ExportTo = []string{"."}
+		s := snapshotOf([]*federation.Workload{inShop, other}, private)
+		p.Update(s)
+		one, err := p.Attach(t.Context(), clientPeer)
+		if err != nil {
+			t.Fatal(err)
+		}
+		peer := xdsserver.Peer{Workload: federation.WorkloadKey{Source: "kube:east", UID: "uid-other"}, Namespace: "elsewhere", ServiceAccount: "other"}
+		two, err := p.Attach(t.Context(), peer)
+		if err != nil {
+			t.Fatal(err)
+		}
+		drain := func(f xdsserver.Feed) bool {
+			select {
+			case <-f.Changed():
+				return true
+			default:
+				return false
+			}
+		}
+		drain(one)
+		drain(two)
+		next := later(s)
+		changed := *private
+		changed.Endpoints = nil
+		next.Records[private.Name] = []*federation.Record{&changed}
+		p.Update(next)
+		time.Sleep(time.Second)
+		if !drain(one) {
+			t.Error("who sees the service was not woken")
+		}
+		if drain(two) {
+			t.Error("who does not see the service was woken")
+		}
+		// Nothing changed at all: nobody is woken, and the revision is known.
+		p.Update(later(next))
+		time.Sleep(time.Second)
+		if drain(one) || drain(two) {
+			t.Error("woken by a revision that changed nothing")
+		}
+		if one.Current().Revision != 3 {
+			t.Error(one.Current().Revision)
+		}
+	})
+}
+
+func TestRemoteWeightsChangeAtMostOnceASecond(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := startPipeline(t, xdsserver.PipelineConfig{})
+		s := snapshotOf([]*federation.Workload{clientLoad()})
+		size := func(n int) *federation.Snapshot {
+			s = later(s)
+			var list []federation.Endpoint
+			for i := range n {
+				w := workload("kube:west", fmt.Sprintf("far-%d", i), "n2", "10.2.0.2", federation.Sidecar)
+				w.Addresses = []netip.Addr{netip.AddrFrom4([4]byte{10, 2, 1, byte(i)})}
+				list = append(list, endpoint(w))
+			}
+			r := record("kube:west", list...)
+			s.Records[r.Name] = []*federation.Record{r}
+			return s
+		}
+		p.Update(size(10))
+		f, err := p.Attach(t.Context(), clientPeer)
+		if err != nil {
+			t.Fatal(err)
+		}
+		weight := func() uint32 {
+			r, _ := f.Current().Resources.Get(xds.EndpointType, "outbound|80||pay.shop.svc.cluster.local")
+			var cla endpointv3.ClusterLoadAssignment
+			if err := proto.Unmarshal(r.Body, &cla); err != nil || len(cla.Endpoints) == 0 {
+				return 0
+			}
+			return cla.Endpoints[0].LbEndpoints[0].LoadBalancingWeight.Value
+		}
+		for _, step := range []struct {
+			n    int
+			wait time.Duration
+			want uint32
+		}{
+			{10, 0, 10},
+			{20, 100 * time.Millisecond, 10}, // too soon
+			{20, time.Second, 20},            // let go by itself
+			{0, 100 * time.Millisecond, 0},   // to zero at once
+			{5, 100 * time.Millisecond, 5},   // and from zero
+		} {
+			p.Update(size(step.n))
+			time.Sleep(step.wait + 50*time.Millisecond)
+			if got := weight(); got != step.want {
+				t.Errorf("%d endpoints after %v: weight %d, want %d", step.n, step.wait, got, step.want)
+			}
+		}
+	})
+}
