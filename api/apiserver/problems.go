@@ -46,7 +46,7 @@ func near(given string, names []string) []string {
 		if strings.HasPrefix(n, given) {
 			d = 1
 		}
-		if d <= max(1, len(given)/3) {
+		if d <= max(2, len(given)/3) {
 			all = append(all, candidate{n, d})
 		}
 	}

@@ -234,10 +234,10 @@ func sameKeys(a, b []byte) bool {
 	return err1 == nil && err2 == nil && reflect.DeepEqual(x, y)
 }
 
-// newNetwork tells that nobody else is on the member's network.
+// newNetwork tells that nothing is on the member's network yet.
 func (s *Server) newNetwork(m *registry.Member) bool {
 	for _, other := range s.cfg.Store.Members() {
-		if other.ID == m.ID || other.Network == m.Network {
+		if other.Network == m.Network {
 			return false
 		}
 	}
