@@ -138,9 +138,16 @@ func (g *group) note(b *baseline) {
 // order.
 func (b *baseline) plan(source federation.SourceID, level *registry.Level) ([]*group, error) {
 	var groups []*group
+	touched := map[string]bool{}
 	add := func(g *group, err error) error {
 		if err == nil && !g.empty() {
 			groups = append(groups, g)
+			for _, kv := range g.puts {
+				touched[kv.key] = true
+			}
+			for _, k := range g.deletes {
+				touched[k] = true
+			}
 		} else if err == nil && g.done != nil {
 			g.done()
 		}
@@ -165,6 +172,7 @@ func (b *baseline) plan(source federation.SourceID, level *registry.Level) ([]*g
 			}
 		}
 		b.planGone(source, level.Records, add)
+		b.planGarbage(source, touched, add)
 	}
 	if err := b.planGateways(level.Gateways, add, source); err != nil {
 		return nil, err
@@ -310,11 +318,16 @@ func (b *baseline) planGone(source federation.SourceID, records map[federation.S
 		}
 		add(g, nil)
 	}
+}
+
+// planGarbage removes the keys of records that mean nothing and that nothing was written
+// to.
+func (b *baseline) planGarbage(source federation.SourceID, touched map[string]bool, add adder) {
 	garbage := b.garbage
 	b.garbage = nil
 	prefix := key(recordsPrefix, string(source)) + "/"
 	for _, k := range garbage {
-		if _, there := b.hashes[k]; there && strings.HasPrefix(k, prefix) && !b.wanted(k) {
+		if _, there := b.hashes[k]; there && strings.HasPrefix(k, prefix) && !touched[k] && !b.wanted(k) {
 			add(&group{deletes: []string{k}}, nil)
 		}
 	}

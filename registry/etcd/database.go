@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"time"
 
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/server/v3/embed"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3client"
@@ -134,7 +135,23 @@ func start(ctx context.Context, config DatabaseConfig) (*Database, error) {
 		return nil, fmt.Errorf("etcd in %s is not ready: %w", dir, ctx.Err())
 	}
 	// In this process no socket is needed.
-	return &Database{client: v3client.New(server.Server), server: server}, nil
+	client := v3client.New(server.Server)
+	client.Maintenance = &localMaintenance{client.Maintenance, server}
+	return &Database{client: client, server: server}, nil
+}
+
+// localMaintenance defragments the backend itself: the way through the in-process client
+// ends at a health server that only a listening etcd has (v3.7.3 panics there).
+type localMaintenance struct {
+	clientv3.Maintenance
+	server *embed.Etcd
+}
+
+func (m *localMaintenance) Defragment(context.Context, string) (*clientv3.DefragmentResponse, error) {
+	if err := m.server.Server.Backend().Defrag(); err != nil {
+		return nil, err
+	}
+	return &clientv3.DefragmentResponse{Header: &pb.ResponseHeader{}}, nil
 }
 
 func embedConfig(config DatabaseConfig, dir string) *embed.Config {
