@@ -286,7 +286,7 @@ func TestADrainGivesUpWaiting(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		warned = warned || p.GetState() == "warning" && strings.Contains(p.GetMessage(), "1 of 1 proxies")
+		warned = warned || p.GetState() == "warning" && strings.Contains(p.GetMessage(), "1 of 1 proxy of other clusters not confirmed")
 	}
 	if !warned {
 		t.Error("nobody was told about the proxy that did not confirm")

@@ -125,10 +125,13 @@ func (d *departure) withdraw(ctx context.Context) error {
 			}
 		}
 		if behind == 0 {
-			return d.tell("withdraw", "done", "callers moved (%d proxies of other clusters)", others)
+			if others == 0 {
+				return d.tell("withdraw", "done", "endpoints withdrawn (no proxy of another cluster is connected)")
+			}
+			return d.tell("withdraw", "done", "callers moved (%s of other clusters)", plural(others, "proxy", "proxies"))
 		}
 		if !d.cfg.Clock().Before(deadline) {
-			return d.tell("withdraw", "warning", "%d of %d proxies of other clusters have not confirmed in %s", behind, others, d.timeout)
+			return d.tell("withdraw", "warning", "%d of %s of other clusters not confirmed in %s", behind, plural(others, "proxy", "proxies"), d.timeout)
 		}
 		if err := wait(ctx, settle/4); err != nil {
 			return err
@@ -167,7 +170,9 @@ func (d *departure) remove(ctx context.Context) error {
 	if err := d.cfg.Store.Leave(ctx, d.m.ID); err != nil && !errors.Is(err, registry.ErrNotFound) {
 		return err
 	}
-	if err := d.tell("remove", "done", "removed from the registry: %d services, %d endpoints", t.services, t.endpoints); err != nil {
+	err := d.tell("remove", "done", "removed from the registry: %s, %s",
+		plural(int(t.services), "service", "services"), plural(int(t.endpoints), "endpoint", "endpoints"))
+	if err != nil {
 		return err
 	}
 	if err := d.tell("revoke", "running", "revoking the identities of %s", d.m.Name); err != nil {
@@ -177,7 +182,7 @@ func (d *departure) remove(ctx context.Context) error {
 		return fmt.Errorf("removed, but its identities are not revoked; run the command again: %w", err)
 	}
 	closed := d.disconnect(ctx, d.m.Source(), "", "cluster "+d.m.Name+" has left")
-	return d.tell("revoke", "done", "identities revoked, %d streams closed", closed)
+	return d.tell("revoke", "done", "identities revoked, %s closed", plural(closed, "stream", "streams"))
 }
 
 // disconnect ends streams at every replica.
@@ -192,6 +197,13 @@ func (s *Server) disconnect(ctx context.Context, source federation.SourceID, ins
 		closed += s.cfg.Peers.Disconnect(ctx, source, instance, reason)
 	}
 	return closed
+}
+
+func plural(n int, one, many string) string {
+	if n == 1 {
+		return "1 " + one
+	}
+	return fmt.Sprint(n, " ", many)
 }
 
 func wait(ctx context.Context, d time.Duration) error {

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -93,7 +94,7 @@ type join struct {
 	known    *api.Cluster // the member of this name as it was before; nil if none
 	admitted *api.RegisterClusterResponse
 	changed  bool
-	warnings int
+	found    []string // codes of findings that were printed
 }
 
 func (s *session) joinCluster(ctx context.Context, name string, f joinFlags) error {
@@ -311,13 +312,13 @@ func (j *join) reach(ctx context.Context) error {
 	return nil
 }
 
-// findings prints what meshd found on the way.
+// findings prints what meshd found on the way, each kind once.
 func (j *join) findings(findings []*api.Finding) {
 	for _, f := range findings {
-		if f.GetSeverity() == "ok" {
+		if f.GetSeverity() == "ok" || slices.Contains(j.found, f.GetCode()) {
 			continue
 		}
-		j.warnings++
+		j.found = append(j.found, f.GetCode())
 		j.steps.note(f.GetSeverity(), api.Code(f.GetCode()), f.GetMessage())
 		if f.GetTry() != "" {
 			j.steps.hint("try: %s", f.GetTry())
@@ -379,6 +380,9 @@ func (j *join) apply(ctx context.Context) error {
 		return fmt.Errorf("manifests: %w", err)
 	}
 	step := j.steps.begin("apply", "applying objects in namespace "+kube.Namespace)
+	if err := j.awaitDeletion(ctx, step); err != nil {
+		return err
+	}
 	outcomes := map[string]int{}
 	for i, obj := range objects {
 		if ctx.Err() != nil {
@@ -405,6 +409,29 @@ func (j *join) apply(ctx context.Context) error {
 	step.done("%s %s in namespace %s (%d created, %d changed, %d unchanged)", verb, noun(len(objects), "object"), kube.Namespace,
 		outcomes["created"], outcomes["changed"], outcomes["unchanged"])
 	return nil
+}
+
+// awaitDeletion waits until a namespace that a former leave has deleted is gone:
+// nothing can be made in it before.
+func (j *join) awaitDeletion(ctx context.Context, step *step) error {
+	for {
+		one, cancel := j.atomic(ctx)
+		going, err := j.member.deleting(one, kube.Namespace)
+		cancel()
+		switch {
+		case err != nil:
+			step.fail(api.ApplyFailed, "namespace %s", kube.Namespace)
+			return j.member.failure("cannot look at namespace "+kube.Namespace, err)
+		case !going:
+			return nil
+		}
+		last := "namespace " + kube.Namespace + " is still being deleted"
+		step.waits("%s", last)
+		if err := pause(ctx, pollInterval); err != nil {
+			step.fail(api.ApplyFailed, "%s", last)
+			return j.stopped(ctx, last)
+		}
+	}
 }
 
 func (j *join) applyOne(ctx context.Context, obj *unstructured.Unstructured) (string, error) {

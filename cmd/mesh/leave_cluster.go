@@ -177,7 +177,7 @@ func (s *session) cleanMember(ctx context.Context, c *connection, p *steps, clus
 	for i := len(objects) - 1; i >= 0; i-- {
 		ok, err := m.remove(ctx, objects[i])
 		if err != nil {
-			step.fail(api.LeftBehind, "deleted %d objects from %s", removed, name)
+			step.fail(api.LeftBehind, "%s deleted from %s", noun(removed, "object"), name)
 			return m.failure("cannot delete "+objects[i].GetKind()+" "+objects[i].GetName(), err)
 		}
 		if ok {

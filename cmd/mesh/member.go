@@ -17,6 +17,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
@@ -216,6 +217,15 @@ func (m *member) apply(ctx context.Context, obj *unstructured.Unstructured, dryR
 // version to compare.
 func sameObject(before, after *unstructured.Unstructured) bool {
 	return before.GetResourceVersion() == after.GetResourceVersion() && before.GetGeneration() == after.GetGeneration()
+}
+
+// deleting tells whether a namespace is there and on its way out.
+func (m *member) deleting(ctx context.Context, namespace string) (bool, error) {
+	ns, err := m.objects.Resource(schema.GroupVersionResource{Version: "v1", Resource: "namespaces"}).Get(ctx, namespace, metav1.GetOptions{})
+	if apierrors.IsNotFound(err) {
+		return false, nil
+	}
+	return err == nil && ns.GetDeletionTimestamp() != nil, err
 }
 
 // remove deletes obj; false if it was not there.

@@ -190,9 +190,12 @@ func count(n int32) string {
 }
 
 // noun is "1 cluster", "2 clusters".
-func noun(n int, singular string) string {
+func noun(n int, singular string) string { return counted(int32(n), singular) }
+
+// counted is "1 service", "1,904 services".
+func counted(n int32, singular string) string {
 	if n == 1 {
 		return "1 " + singular
 	}
-	return strconv.Itoa(n) + " " + singular + "s"
+	return count(n) + " " + singular + "s"
 }

@@ -211,4 +211,3 @@ func (s *server) requests(method string) string {
 	defer s.mu.Unlock()
 	return strings.Join(s.asked[method], "\n")
 }
-
