@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -173,11 +174,14 @@ func TestOneChain(t *testing.T) {
 
 func TestResolver(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
+		var mu sync.Mutex
 		var fail bool
 		answer := []netip.Addr{netip.MustParseAddr("192.0.2.1")}
 		changed := make(chan struct{}, 10)
 		r := &gateways.Resolver{
 			Lookup: func(_ context.Context, host string) ([]netip.Addr, error) {
+				mu.Lock()
+				defer mu.Unlock()
 				if fail || host != "lb.example" {
 					return nil, errors.New("no such host")
 				}
@@ -205,12 +209,16 @@ func TestResolver(t *testing.T) {
 		if got := hosts(); got != "192.0.2.1 192.0.2.9" {
 			t.Error(got)
 		}
+		mu.Lock()
 		fail = true
+		mu.Unlock()
 		time.Sleep(time.Minute)
 		if got := hosts(); got != "192.0.2.1 192.0.2.9" {
 			t.Errorf("while look-ups fail: %s", got)
 		}
+		mu.Lock()
 		fail, answer = false, []netip.Addr{netip.MustParseAddr("192.0.2.2")}
+		mu.Unlock()
 		<-changed
 		if got := hosts(); got != "192.0.2.2 192.0.2.9" {
 			t.Error(got)

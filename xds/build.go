@@ -70,7 +70,10 @@ func (b *build) split(s *federation.Service, port uint32, subset string, match f
 	}
 	for network := range b.view.Gateways {
 		if !slices.ContainsFunc(groups, func(g federation.Group) bool { return g.Network == network }) {
-			b.weigh(federation.WeightKey{Service: s.Name, Port: port, Subset: subset, Network: network}, 0)
+			key := federation.WeightKey{Scope: b.view.Scope, Service: s.Name, Port: port, Subset: subset, Network: network}
+			b.weigh(key, 0)
+			key.Stale = true
+			b.weigh(key, 0)
 		}
 	}
 	return groups

@@ -66,7 +66,7 @@ func (p *packer) applyTraffic(c *clusterv3.Cluster, t target, policy *networking
 }
 
 func balance(c *clusterv3.Cluster, lb *networking.LoadBalancerSettings) error {
-	if w := lb.GetWarmupDurationSecs(); w != nil { //nolint:staticcheck // users still write it
+	if w := lb.GetWarmupDurationSecs(); w != nil {
 		slow := &clusterv3.Cluster_SlowStartConfig{SlowStartWindow: w}
 		c.LbConfig = &clusterv3.Cluster_LeastRequestLbConfig_{LeastRequestLbConfig: &clusterv3.Cluster_LeastRequestLbConfig{SlowStartConfig: slow}}
 	}
@@ -105,7 +105,8 @@ func hashRing(c *clusterv3.Cluster, h *networking.LoadBalancerSettings_Consisten
 	c.LbPolicy = clusterv3.Cluster_RING_HASH
 	size := h.GetRingHash().GetMinimumRingSize()
 	if size == 0 {
-		size = h.GetMinimumRingSize() //nolint:staticcheck // users still write it
+		//lint:ignore SA1019 users still write it
+		size = h.GetMinimumRingSize()
 	}
 	if size == 0 {
 		size = 1024
@@ -198,7 +199,7 @@ func judge(c *clusterv3.Cluster, o *networking.OutlierDetection) {
 		d.ConsecutiveGatewayFailure = o.ConsecutiveGatewayErrors
 		d.EnforcingConsecutiveGatewayFailure = enforced(o.ConsecutiveGatewayErrors.Value)
 	}
-	if o.Consecutive_5XxErrors == nil && o.ConsecutiveGatewayErrors == nil && o.ConsecutiveErrors == 0 { //nolint:staticcheck // read only
+	if o.Consecutive_5XxErrors == nil && o.ConsecutiveGatewayErrors == nil {
 		d.Consecutive_5Xx, d.EnforcingConsecutive_5Xx = wrapperspb.UInt32(5), wrapperspb.UInt32(100) // Istio's default
 	}
 	if o.SplitExternalLocalOriginErrors && o.ConsecutiveLocalOriginFailures != nil {

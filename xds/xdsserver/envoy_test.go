@@ -16,9 +16,6 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/net/http2"
-	"golang.org/x/net/http2/h2c"
-
 	"github.com/isthmus-mesh/isthmus/federation"
 	"github.com/isthmus-mesh/isthmus/gateways"
 	"github.com/isthmus-mesh/isthmus/xds"
@@ -192,7 +189,9 @@ func serveApps(t *testing.T, p *place, name string, ca *authority) {
 		fmt.Fprintf(w, "%s %s xfcc=%s", name, r.Proto, r.Header.Get("X-Forwarded-Client-Cert"))
 	})
 	for _, port := range []string{"8080", "8081", "8082"} {
-		server := &http.Server{Handler: h2c.NewHandler(handler, &http2.Server{})}
+		server := &http.Server{Handler: handler, Protocols: new(http.Protocols)}
+		server.Protocols.SetHTTP1(true)
+		server.Protocols.SetUnencryptedHTTP2(true)
 		go func() { _ = server.Serve(p.listen(t, "0.0.0.0:"+port)) }()
 		t.Cleanup(func() { server.Close() })
 	}
@@ -254,12 +253,12 @@ func TestEnvoy(t *testing.T) {
 		}
 	})
 	t.Run("HTTP/2 with prior knowledge", func(t *testing.T) {
-		h2 := &http.Client{Timeout: 10 * time.Second, Transport: &http2.Transport{
-			AllowHTTP: true,
-			DialTLSContext: func(_ context.Context, _, address string, _ *tls.Config) (net.Conn, error) {
-				return m.client.dial(address)
-			},
-		}}
+		transport := &http.Transport{
+			Protocols:   new(http.Protocols),
+			DialContext: func(_ context.Context, _, address string) (net.Conn, error) { return m.client.dial(address) },
+		}
+		transport.Protocols.SetUnencryptedHTTP2(true)
+		h2 := &http.Client{Timeout: 10 * time.Second, Transport: transport}
 		for _, port := range []string{"80", "81", "82"} {
 			code, body, err := get(h2, "http://"+virtualIP+":"+port+"/")
 			if code != 200 || !strings.HasPrefix(body, "far HTTP/2.0") {
