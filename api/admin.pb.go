@@ -908,10 +908,11 @@ type ClusterStatus struct {
 	// East-west gateways of the cluster.
 	Gateways          []*Gateway             `protobuf:"bytes,6,rep,name=gateways,proto3" json:"gateways,omitempty"`
 	CredentialsExpire *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=credentials_expire,json=credentialsExpire,proto3" json:"credentials_expire,omitempty"`
-	// Whether meshd renews the credential itself.
-	CredentialsRenewed bool                   `protobuf:"varint,8,opt,name=credentials_renewed,json=credentialsRenewed,proto3" json:"credentials_renewed,omitempty"`
-	KubernetesVersion  string                 `protobuf:"bytes,9,opt,name=kubernetes_version,json=kubernetesVersion,proto3" json:"kubernetes_version,omitempty"`
-	LastSynced         *timestamppb.Timestamp `protobuf:"bytes,10,opt,name=last_synced,json=lastSynced,proto3" json:"last_synced,omitempty"`
+	// "auto" if meshd renews the credential itself, "static" if it has no end;
+	// empty while that is not known.
+	Credentials       string                 `protobuf:"bytes,8,opt,name=credentials,proto3" json:"credentials,omitempty"`
+	KubernetesVersion string                 `protobuf:"bytes,9,opt,name=kubernetes_version,json=kubernetesVersion,proto3" json:"kubernetes_version,omitempty"`
+	LastSynced        *timestamppb.Timestamp `protobuf:"bytes,10,opt,name=last_synced,json=lastSynced,proto3" json:"last_synced,omitempty"`
 	// The replica that syncs this cluster.
 	SyncedBy string `protobuf:"bytes,11,opt,name=synced_by,json=syncedBy,proto3" json:"synced_by,omitempty"`
 	// Number of proxies of the cluster that are connected to any replica.
@@ -999,11 +1000,11 @@ func (x *ClusterStatus) GetCredentialsExpire() *timestamppb.Timestamp {
 	return nil
 }
 
-func (x *ClusterStatus) GetCredentialsRenewed() bool {
+func (x *ClusterStatus) GetCredentials() string {
 	if x != nil {
-		return x.CredentialsRenewed
+		return x.Credentials
 	}
-	return false
+	return ""
 }
 
 func (x *ClusterStatus) GetKubernetesVersion() string {
@@ -4493,7 +4494,7 @@ const file_admin_proto_rawDesc = "" +
 	"\n" +
 	"namespaces\x18\x01 \x03(\tR\n" +
 	"namespaces\x12)\n" +
-	"\x10service_accounts\x18\x02 \x03(\tR\x0fserviceAccounts\"\x93\x04\n" +
+	"\x10service_accounts\x18\x02 \x03(\tR\x0fserviceAccounts\"\x84\x04\n" +
 	"\rClusterStatus\x12\x14\n" +
 	"\x05phase\x18\x01 \x01(\tR\x05phase\x125\n" +
 	"\n" +
@@ -4503,8 +4504,8 @@ const file_admin_proto_rawDesc = "" +
 	"\tendpoints\x18\x04 \x01(\x05R\tendpoints\x12+\n" +
 	"\x03lag\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\x03lag\x12/\n" +
 	"\bgateways\x18\x06 \x03(\v2\x13.isthmus.v1.GatewayR\bgateways\x12I\n" +
-	"\x12credentials_expire\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\x11credentialsExpire\x12/\n" +
-	"\x13credentials_renewed\x18\b \x01(\bR\x12credentialsRenewed\x12-\n" +
+	"\x12credentials_expire\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\x11credentialsExpire\x12 \n" +
+	"\vcredentials\x18\b \x01(\tR\vcredentials\x12-\n" +
 	"\x12kubernetes_version\x18\t \x01(\tR\x11kubernetesVersion\x12;\n" +
 	"\vlast_synced\x18\n" +
 	" \x01(\v2\x1a.google.protobuf.TimestampR\n" +

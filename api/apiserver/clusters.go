@@ -166,7 +166,34 @@ func (s *Server) describe(m *registry.Member, state registry.SourceState, mine b
 		c.Status.Conditions = append(c.Status.Conditions, conditionOut(conditions[kind]))
 	}
 	c.Status.Phase = phaseOf(m, conditions)
+	if reachable, ok := conditions[federation.Reachable]; ok && !reachable.Status && c.Status.Lag == nil && !reachable.Since.IsZero() {
+		// Nothing was heard since this meshd began: it is at least as old as that.
+		c.Status.Lag = durationpb.New(s.cfg.Clock().Sub(reachable.Since))
+	}
+	s.describeCredential(m, c.Status)
 	return c
+}
+
+// credentialPatience bounds a look at a stored credential, for a list that should
+// be quick also when the store is away.
+const credentialPatience = 300 * time.Millisecond
+
+// describeCredential tells the end of meshd's credential, if only from the store.
+func (s *Server) describeCredential(m *registry.Member, st *api.ClusterStatus) {
+	if st.GetCredentialsExpire() != nil {
+		st.Credentials = "auto"
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), credentialPatience)
+	defer cancel()
+	stored, err := s.cfg.Store.Credentials(ctx, m.ID)
+	switch {
+	case err != nil || stored.Reader.Empty():
+	case stored.Reader.Expires.IsZero():
+		st.Credentials = "static"
+	default:
+		st.Credentials, st.CredentialsExpire = "auto", stamp(stored.Reader.Expires)
+	}
 }
 
 // freshFor is how long a beacon may be away before its age, and not its travel
@@ -178,7 +205,6 @@ func (s *Server) live(st *api.ClusterStatus, state registry.SourceState, conditi
 	st.SyncedBy = s.cfg.Replica
 	st.KubernetesVersion = state.Status.Version
 	st.CredentialsExpire = stamp(state.Status.CredentialsExpire)
-	st.CredentialsRenewed = !state.Status.CredentialsExpire.IsZero()
 	st.LastSynced = stamp(state.Stored)
 	if state.Status.Beacon.IsZero() {
 		return

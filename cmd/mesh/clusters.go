@@ -114,10 +114,7 @@ func gatewayText(c *api.Cluster) string {
 }
 
 func (s *session) credentialText(st *api.ClusterStatus) string {
-	kind := "static"
-	if st.GetCredentialsRenewed() {
-		kind = "auto"
-	}
+	kind := st.GetCredentials()
 	if st.GetCredentialsExpire() == nil {
 		return kind
 	}
@@ -125,7 +122,7 @@ func (s *session) credentialText(st *api.ClusterStatus) string {
 	if left <= 0 {
 		return "expired " + short(-left) + " ago"
 	}
-	return kind + " (" + short(left) + ")"
+	return strings.TrimSpace(kind + " (" + short(left) + ")")
 }
 
 // reasonText is what is wrong, if anything.
