@@ -50,11 +50,11 @@ func (s *Server) ProbePaths(ctx context.Context, req *api.ProbePathsRequest) (*a
 	snapshot, _ := s.cfg.Store.Snapshot()
 	var mu sync.Mutex
 	out := &api.PathReport{}
-	group, ctx := errgroup.WithContext(ctx)
+	group, trying := errgroup.WithContext(ctx)
 	group.SetLimit(probesAtOnce)
 	for _, p := range pathsOf(snapshot, s.cfg.Store.Members(), about) {
 		group.Go(func() error {
-			result := s.try(ctx, snapshot, p)
+			result := s.try(trying, snapshot, p)
 			mu.Lock()
 			defer mu.Unlock()
 			out.Paths = append(out.Paths, result)
@@ -62,10 +62,32 @@ func (s *Server) ProbePaths(ctx context.Context, req *api.ProbePathsRequest) (*a
 		})
 	}
 	err := group.Wait()
+	s.completePaths(ctx, out.Paths, req.GetCluster())
 	slices.SortFunc(out.Paths, func(a, b *api.Path) int {
 		return cmp.Or(cmp.Compare(a.GetFrom(), b.GetFrom()), cmp.Compare(a.GetTo(), b.GetTo()), cmp.Compare(a.GetAddress(), b.GetAddress()))
 	})
 	return out, err
+}
+
+// completePaths asks the replicas that the agents are connected to which are not
+// here.
+func (s *Server) completePaths(ctx context.Context, paths []*api.Path, cluster string) {
+	unknown := slices.ContainsFunc(paths, func(p *api.Path) bool { return p.GetState() == "unknown" })
+	if !unknown || s.cfg.Peers == nil || callerOf(ctx).peer() {
+		return
+	}
+	type way struct{ from, to, address string }
+	theirs := map[way]*api.Path{}
+	for _, p := range s.cfg.Peers.Paths(ctx, cluster) {
+		if p.GetState() != "unknown" {
+			theirs[way{p.GetFrom(), p.GetTo(), p.GetAddress()}] = p
+		}
+	}
+	for i, p := range paths {
+		if t := theirs[way{p.GetFrom(), p.GetTo(), p.GetAddress()}]; p.GetState() == "unknown" && t != nil {
+			paths[i] = t
+		}
+	}
 }
 
 // pathsOf lists the paths from and to a source, or all of them.

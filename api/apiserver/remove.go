@@ -181,22 +181,19 @@ func (d *departure) remove(ctx context.Context) error {
 	if err := d.cfg.Authority.Revoke(ctx, ca.Source(d.m.Source()), "", "cluster "+d.m.Name+" has left"); err != nil {
 		return fmt.Errorf("removed, but its identities are not revoked; run the command again: %w", err)
 	}
-	closed := d.disconnect(ctx, d.m.Source(), "", "cluster "+d.m.Name+" has left")
+	closed := d.disconnect(d.m.Source(), "")
 	return d.tell("revoke", "done", "identities revoked, %s closed", plural(closed, "stream", "streams"))
 }
 
-// disconnect ends streams at every replica.
-func (s *Server) disconnect(ctx context.Context, source federation.SourceID, instance, reason string) int {
-	closed := 0
-	if s.cfg.Proxies != nil {
-		closed = s.cfg.Proxies.Disconnect(func(p xds.Proxy) bool {
-			return p.Workload.Source == source && (instance == "" || p.Workload.UID == instance)
-		})
+// disconnect ends streams at this replica at once. The others see the revocation
+// and do the same.
+func (s *Server) disconnect(source federation.SourceID, instance string) int {
+	if s.cfg.Proxies == nil {
+		return 0
 	}
-	if s.cfg.Peers != nil {
-		closed += s.cfg.Peers.Disconnect(ctx, source, instance, reason)
-	}
-	return closed
+	return s.cfg.Proxies.Disconnect(func(p xds.Proxy) bool {
+		return p.Workload.Source == source && (instance == "" || p.Workload.UID == instance)
+	})
 }
 
 func plural(n int, one, many string) string {

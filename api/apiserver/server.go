@@ -70,12 +70,13 @@ type Proxies interface {
 	Disconnect(which func(xds.Proxy) bool) int
 }
 
-// Peers asks the other replicas for what only they know. Replicas that do not
-// answer in time are left out.
+// Peers asks the other replicas for what only they know; *PeerGroup does.
+// Replicas that do not answer in time are left out. Streams need no asking: every
+// replica closes those of whoever is revoked.
 type Peers interface {
 	Proxies(ctx context.Context) []*api.Proxy
 	Clusters(ctx context.Context) []*api.Cluster
-	Disconnect(ctx context.Context, source federation.SourceID, instance, reason string) int
+	Paths(ctx context.Context, cluster string) []*api.Path
 }
 
 // HealthCheck is one of the conditions of meshd's own readiness.

@@ -324,6 +324,6 @@ func (s *Server) OffboardVM(ctx context.Context, req *api.OffboardVMRequest) (*a
 	if err := s.cfg.Store.RemoveVM(ctx, vm.Key()); err != nil {
 		return nil, explain(err)
 	}
-	closed := s.disconnect(ctx, source, vm.Name, "offboarded")
+	closed := s.disconnect(source, vm.Name)
 	return &api.OffboardVMResponse{Vm: vmOut(vm), StreamsClosed: int32(closed)}, nil
 }
