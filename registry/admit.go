@@ -52,6 +52,9 @@ func (i *Ingest) trim(records map[federation.ServiceName]*federation.Record, gra
 	}
 	out, trimmed := records, map[*federation.Record]*federation.Record{}
 	for name, record := range records {
+		if !grant.AllowsNamespace(name.Namespace) {
+			continue // one of kube-*, which only its own cluster sees
+		}
 		refused := func(e federation.Endpoint) bool {
 			return e.ServiceAccount != "" && !grant.AllowsIdentity(name.Namespace, e.ServiceAccount)
 		}

@@ -29,6 +29,7 @@ func (s *session) Apply(ctx context.Context, level *registry.Level) (registry.Wr
 		}
 		groups = groups[batch:]
 	}
+	s.baseline.settled(level)
 	return written, nil
 }
 

@@ -27,6 +27,9 @@ type baseline struct {
 	gateways  map[string]*federation.Gateway
 	objects   map[string]*federation.Object // by key
 
+	// workloadsPruned: what is stored of workloads is what the levels of this session had.
+	workloadsPruned bool
+
 	// garbage are keys that mean nothing: corrupt values, and slices of a generation that
 	// never became visible. They go with the next level that knows records.
 	garbage []string
@@ -121,6 +124,14 @@ func (g *group) put(b *baseline, k string, value []byte) {
 
 func (g *group) empty() bool { return len(g.puts)+len(g.deletes) == 0 }
 
+// settled remembers that everything a level asked for was committed.
+func (b *baseline) settled(level *registry.Level) {
+	b.workloadsPruned = b.workloadsPruned || level.Workloads != nil
+	if level.Records != nil {
+		b.garbage = nil
+	}
+}
+
 // note remembers that the group was committed.
 func (g *group) note(b *baseline) {
 	for _, kv := range g.puts {
@@ -158,12 +169,8 @@ func (b *baseline) plan(source federation.SourceID, level *registry.Level) ([]*g
 		return nil, err
 	}
 	if level.Records != nil {
-		for _, name := range slices.SortedFunc(maps.Keys(level.Records), federation.ServiceName.Compare) {
-			record := level.Records[name]
-			if b.records[name] == record {
-				continue
-			}
-			staged, err := b.planRecord(source, record)
+		for _, name := range changed(level.Records, b.records, federation.ServiceName.Compare) {
+			staged, err := b.planRecord(source, level.Records[name])
 			if err != nil {
 				return nil, err
 			}
@@ -185,31 +192,50 @@ func (b *baseline) plan(source federation.SourceID, level *registry.Level) ([]*g
 
 type adder func(*group, error) error
 
+// changed are the keys whose value is not the one that was stored last, ordered. Looking
+// at pointers only, it costs little where little has changed.
+func changed[K comparable, V any](level, last map[K]*V, compare func(a, b K) int) []K {
+	var out []K
+	for k, v := range level {
+		if last[k] != v {
+			out = append(out, k)
+		}
+	}
+	slices.SortFunc(out, compare)
+	return out
+}
+
 func (b *baseline) planWorkloads(source federation.SourceID, workloads map[string]*federation.Workload, add adder) error {
 	if workloads == nil {
 		return nil
 	}
-	want := make(map[string]bool, len(workloads))
-	for _, uid := range slices.Sorted(maps.Keys(workloads)) {
+	for _, uid := range changed(workloads, b.workloads, strings.Compare) {
 		w := workloads[uid]
-		k := workloadKey(source, uid)
-		want[k] = true
-		if b.workloads[uid] == w {
-			continue
-		}
 		value, err := encode(&workloadValue{version{schema}, *w})
 		if err != nil {
 			return err
 		}
 		g := &group{done: func() { b.workloads[uid] = w }}
-		g.put(b, k, value)
+		g.put(b, workloadKey(source, uid), value)
 		add(g, nil)
 	}
-	b.prune(key(workloadsPrefix, string(source))+"/", want, add)
+	var gone []string
+	if !b.workloadsPruned { // once: what earlier sessions left
+		want := make(map[string]bool, len(workloads))
+		for uid := range workloads {
+			want[workloadKey(source, uid)] = true
+		}
+		b.prune(key(workloadsPrefix, string(source))+"/", want, add)
+		return nil
+	}
 	for uid := range b.workloads {
 		if workloads[uid] == nil {
-			delete(b.workloads, uid)
+			gone = append(gone, uid)
 		}
+	}
+	slices.Sort(gone)
+	for _, uid := range gone {
+		add(&group{deletes: []string{workloadKey(source, uid)}, done: func() { delete(b.workloads, uid) }}, nil)
 	}
 	return nil
 }
@@ -301,10 +327,14 @@ func compact(raw []byte) []byte {
 
 // planGone withdraws the records that are no longer there, and garbage with them.
 func (b *baseline) planGone(source federation.SourceID, records map[federation.ServiceName]*federation.Record, add adder) {
-	for _, name := range slices.SortedFunc(maps.Keys(b.layouts), federation.ServiceName.Compare) {
-		if records[name] != nil {
-			continue
+	var gone []federation.ServiceName
+	for name := range b.layouts {
+		if records[name] == nil {
+			gone = append(gone, name)
 		}
+	}
+	slices.SortFunc(gone, federation.ServiceName.Compare)
+	for _, name := range gone {
 		k := recordKey(source, name)
 		g := &group{done: func() { delete(b.layouts, name); delete(b.records, name) }}
 		for stored := range b.hashes {
@@ -323,10 +353,8 @@ func (b *baseline) planGone(source federation.SourceID, records map[federation.S
 // planGarbage removes the keys of records that mean nothing and that nothing was written
 // to.
 func (b *baseline) planGarbage(source federation.SourceID, touched map[string]bool, add adder) {
-	garbage := b.garbage
-	b.garbage = nil
 	prefix := key(recordsPrefix, string(source)) + "/"
-	for _, k := range garbage {
+	for _, k := range b.garbage {
 		if _, there := b.hashes[k]; there && strings.HasPrefix(k, prefix) && !touched[k] && !b.wanted(k) {
 			add(&group{deletes: []string{k}}, nil)
 		}
