@@ -16,6 +16,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"github.com/isthmus-mesh/isthmus/federation"
 	"github.com/isthmus-mesh/isthmus/gateways"
 	"github.com/isthmus-mesh/isthmus/xds"
@@ -138,7 +140,11 @@ func newMesh(t *testing.T) *mesh {
 
 	start := func(p *place, w *federation.Workload) (*envoy, *xdsserver.Server) {
 		socket, server := serveProxy(t, m.pipeline, w, m.ca)
-		return startEnvoy(t, p, "sidecar~1~"+w.Name+".shop~shop.svc.cluster.local", socket), server
+		variant := "DELTA_GRPC"
+		if p == m.gateway || p == m.far {
+			variant = "GRPC" // state of the world
+		}
+		return startEnvoy(t, p, "sidecar~1~"+w.Name+".shop~shop.svc.cluster.local", socket, variant), server
 	}
 	m.clientProxy, m.clientServer = start(m.client, m.clientLoad)
 	m.nearProxy, _ = start(m.near, m.nearLoad)
@@ -311,6 +317,8 @@ func TestEnvoy(t *testing.T) {
 	t.Run("routes, subsets and weights across the gateway", func(t *testing.T) { routes(t, m) })
 	t.Run("failover follows readiness", func(t *testing.T) { failover(t, m) })
 	t.Run("an update resends only what changed", func(t *testing.T) { resends(t, m) })
+	t.Run("who comes back is sent nothing", func(t *testing.T) { reconnects(t, m) })
+	t.Run("a connection into a cut network ends", func(t *testing.T) { cut(t, m) })
 }
 
 // webSocketLives holds a WebSocket while services come and go, for longer than HTTP
@@ -626,5 +634,73 @@ func resends(t *testing.T, m *mesh) {
 		if got := e.stat("listener_manager.lds.update_rejected") + e.stat("cluster_manager.cds.update_rejected"); got != "" {
 			t.Errorf("%s refused updates: %s", e.place.name, got)
 		}
+	}
+}
+
+// reconnects ends the client's stream, as a restart of the control service does.
+func reconnects(t *testing.T, m *mesh) {
+	before := m.clientServer.Proxies()[0].Connected
+	if n := m.clientServer.Disconnect(func(xds.Proxy) bool { return true }); n != 1 {
+		t.Fatalf("%d streams", n)
+	}
+	sent := sentTo(t, m.clientServer)
+	until(t, "the proxy is back and in sync", func() bool {
+		list := m.clientServer.Proxies()
+		return len(list) == 1 && list[0].Connected.After(before) && list[0].Synced && len(list[0].Types) == 4
+	})
+	if got := sentTo(t, m.clientServer); got != sent {
+		t.Errorf("%v resources were sent again", got-sent)
+	}
+	if code, _, err := get(m.client.client(), "http://"+virtualIP+"/"); code != 200 {
+		t.Errorf("%d %v", code, err)
+	}
+}
+
+// sentTo is how many resources a server has sent.
+func sentTo(t *testing.T, s *xdsserver.Server) float64 {
+	t.Helper()
+	registry := prometheus.NewRegistry()
+	registry.MustRegister(s)
+	families, err := registry.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	sum := 0.0
+	for _, f := range families {
+		if f.GetName() == "isthmus_xds_resources_sent_total" {
+			for _, c := range f.Metric {
+				sum += c.GetCounter().GetValue()
+			}
+		}
+	}
+	return sum
+}
+
+// cut drops all packets between the client and the gateway while a connection is up.
+func cut(t *testing.T, m *mesh) {
+	if testing.Short() {
+		t.Skip("takes 10 s")
+	}
+	m.change(t, func(s *federation.Snapshot) {
+		s.Records[federation.ServiceName{Namespace: "shop", Name: "pay"}] = []*federation.Record{record("kube:west", endpoint(m.farLoad))}
+	})
+	conn, err := m.client.dial(virtualIP + ":83")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	in := bufio.NewReader(conn)
+	_ = conn.SetDeadline(time.Now().Add(20 * time.Second))
+	if line, err := in.ReadString('\n'); err != nil {
+		t.Fatal(line, err)
+	}
+	run(t, "ip -n gw link set toclient down")
+	start := time.Now()
+	fmt.Fprint(conn, "anyone?")
+	_, err = in.ReadString('\n')
+	if took := time.Since(start); err == nil || took > 15*time.Second {
+		t.Errorf("after %v: %v", took, err)
+	} else {
+		t.Logf("ended after %v", took)
 	}
 }

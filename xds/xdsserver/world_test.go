@@ -68,7 +68,10 @@ func enterWorld(t *testing.T) bool {
 	}
 	cmd := exec.Command(os.Args[0], args...)
 	cmd.Env = append(os.Environ(), insideWorld+"=1")
+	runtime.LockOSThread() // the death signal comes when the thread ends
+	defer runtime.UnlockOSThread()
 	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Pdeathsig:    syscall.SIGKILL,
 		Cloneflags:   syscall.CLONE_NEWNET | syscall.CLONE_NEWNS | syscall.CLONE_NEWPID,
 		Unshareflags: syscall.CLONE_NEWNS, // makes mounts private
 	}
@@ -192,7 +195,7 @@ type envoy struct {
 }
 
 // startEnvoy starts a proxy that a server on a Unix socket tells what to do.
-func startEnvoy(t *testing.T, p *place, node, socket string) *envoy {
+func startEnvoy(t *testing.T, p *place, node, socket, variant string) *envoy {
 	t.Helper()
 	dir := t.TempDir()
 	bootstrap := fmt.Sprintf(`
@@ -202,7 +205,7 @@ dynamic_resources:
   lds_config: {ads: {}, resource_api_version: V3, initial_fetch_timeout: 0s}
   cds_config: {ads: {}, resource_api_version: V3, initial_fetch_timeout: 0s}
   ads_config:
-    api_type: DELTA_GRPC
+    api_type: %[3]s
     transport_api_version: V3
     set_node_on_first_message_only: true
     grpc_services: [{envoy_grpc: {cluster_name: xds-grpc}}]
@@ -221,7 +224,7 @@ static_resources:
     connect_timeout: 1s
     typed_extension_protocol_options: *h2
     load_assignment: {cluster_name: sds-grpc, endpoints: [{lb_endpoints: [{endpoint: {address: {pipe: {path: %[2]q}}}}]}]}
-`, node, socket)
+`, node, socket, variant)
 	path := filepath.Join(dir, "bootstrap.yaml")
 	if err := os.WriteFile(path, []byte(bootstrap), 0o600); err != nil {
 		t.Fatal(err)
