@@ -33,6 +33,7 @@ type LineOptions struct {
 // public key of meshd's own certificate would be shorter to pin, but changes
 // whenever that certificate is renewed. The token is not on the line: the
 // script asks for it, because a shell keeps what it was given.
+// It asks for sudo where there is one, and is root already where there is none.
 func Line(o LineOptions) (string, error) {
 	fingerprint, err := Fingerprint(o.RootPEM)
 	if err != nil {
@@ -46,7 +47,7 @@ func Line(o LineOptions) (string, error) {
 	script := sha256.Sum256(o.Script)
 	return fmt.Sprintf(
 		"printf '%%s\\n' %s > mesh-root.pem && curl -fsS --cacert mesh-root.pem -o %s https://%s/onboard/onboard.sh && "+
-			"echo \"%s  %s\" | sha256sum -c && sudo sh %s --server %s --name %s --ca mesh-root.pem --ca-sha256 %s",
+			"echo \"%s  %s\" | sha256sum -c && $(command -v sudo) sh %s --server %s --name %s --ca mesh-root.pem --ca-sha256 %s",
 		strings.Join(quoted, " "), ScriptName, o.Address,
 		hex.EncodeToString(script[:]), ScriptName, ScriptName, o.Address, o.Name, fingerprint,
 	), nil
