@@ -78,6 +78,11 @@ func (s *source) set(lines ...string) {
 	for _, list := range r {
 		slices.SortFunc(list, func(a, b xds.Resource) int { return strings.Compare(a.Name, b.Name) })
 	}
+	s.put(r)
+}
+
+// put replaces everything.
+func (s *source) put(r xds.Resources) {
 	s.mu.Lock()
 	s.resources = r
 	s.revision++
