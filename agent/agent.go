@@ -176,6 +176,9 @@ func (a *Agent) Run(ctx context.Context) error {
 	return err
 }
 
+// Renew renews the workload's certificate now, by the one it has.
+func (a *Agent) Renew() { a.keeper.Renew() }
+
 // leave tells everybody who asks that we are going, before Envoy begins to.
 func (a *Agent) leave() {
 	a.status.Drain()

@@ -47,6 +47,7 @@ type Keeper struct {
 	firstRoot []byte
 	failure   error
 	changed   chan struct{}
+	asked     chan struct{} // closed when Renew was called
 	now       func() time.Time
 	firstKey  crypto.Signer // only used by Run
 }
@@ -79,6 +80,31 @@ func (k *Keeper) Run(ctx context.Context) error {
 		k.obtain(ctx)
 	}
 	return nil
+}
+
+// Renew renews now instead of at the time that the certificate's life sets, by the same
+// way: for who has exchanged a root or suspects a key.
+func (k *Keeper) Renew() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.asked == nil {
+		k.asked = make(chan struct{})
+	}
+	select {
+	case <-k.asked:
+	default:
+		close(k.asked)
+	}
+}
+
+// early is closed once a renewal was asked for; the certificate that comes then answers it.
+func (k *Keeper) early() <-chan struct{} {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.asked == nil {
+		k.asked = make(chan struct{})
+	}
+	return k.asked
 }
 
 // Current returns the certificate, or ErrNoCertificate with the reason why the
@@ -180,8 +206,9 @@ func (k *Keeper) renewAt(cert *Certificate) time.Time {
 	return from.Add(time.Duration(float64(life) * (0.45 + 0.1*jitter())))
 }
 
-// sleepUntil returns false when ctx ended first.
+// sleepUntil returns false when ctx ended first. A wish to renew ends the sleep.
 func (k *Keeper) sleepUntil(ctx context.Context, t time.Time) bool {
+	early := k.early()
 	for {
 		d := t.Sub(k.clock())
 		if d <= 0 {
@@ -190,6 +217,8 @@ func (k *Keeper) sleepUntil(ctx context.Context, t time.Time) bool {
 		select {
 		case <-ctx.Done():
 			return false
+		case <-early:
+			return ctx.Err() == nil
 		case <-time.After(min(d, longestSleep)):
 		}
 	}
@@ -304,7 +333,7 @@ func (k *Keeper) keep(cert *Certificate) {
 func (k *Keeper) set(cert *Certificate) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.current, k.failure = cert, nil
+	k.current, k.failure, k.asked = cert, nil, nil
 	k.wakeLocked()
 }
 

@@ -156,6 +156,32 @@ func TestRenewsAroundHalfOfItsLife(t *testing.T) {
 	}
 }
 
+func TestRenewsWhenAsked(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		a := newAuthority(t)
+		k := &Keeper{Issuer: a}
+		keep(t, k)
+		synctest.Wait()
+		for want := int64(2); want < 5; want++ {
+			k.Renew()
+			k.Renew() // one wish, until it is met
+			synctest.Wait()
+			if got := serial(t, k); got != want {
+				t.Fatalf("serial %d, want %d", got, want)
+			}
+		}
+		if a.with[1] == nil || a.keys[0] == a.keys[1] {
+			t.Error("a renewal shows the certificate and makes a new key")
+		}
+		time.Sleep(20 * time.Minute)
+		synctest.Wait()
+		if got := serial(t, k); got != 4 {
+			t.Errorf("serial %d: nobody asked again", got)
+		}
+	})
+}
+
 func TestKeepsTheOldOneWhileTheServiceIsAway(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

@@ -9,7 +9,9 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"os/signal"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -41,7 +43,8 @@ func proxyCommand() *cobra.Command {
 		Short: "Run the agent and its Envoy until told to stop",
 		Long: "Run the agent and its Envoy until told to stop.\n\n" +
 			"Every flag can be given as an environment variable too (named in its description); the flag wins.\n" +
-			"On a virtual machine, --config names what the onboarding script stored; flags win over it as well.",
+			"On a virtual machine, --config names what the onboarding script stored; flags win over it as well.\n" +
+			"SIGHUP renews the certificate now; by itself it is renewed at about half of its life.",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			config, err := f.config()
@@ -56,11 +59,24 @@ func proxyCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			defer onHangup(one.Renew)()
 			return one.Run(cmd.Context())
 		},
 	}
 	f.bind(command.Flags(), os.Getenv)
 	return command
+}
+
+// onHangup does something at each SIGHUP, until stopped.
+func onHangup(do func()) (stop func()) {
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, syscall.SIGHUP)
+	go func() {
+		for range signals {
+			do()
+		}
+	}()
+	return func() { signal.Stop(signals); close(signals) }
 }
 
 func redirectCommand() *cobra.Command {
