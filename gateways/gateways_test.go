@@ -26,14 +26,14 @@ import (
 
 var ports = []federation.Port{{Number: 80, Name: "http", Protocol: federation.HTTP}}
 
-func record(cluster, namespace, name string, endpoints ...federation.Endpoint) *federation.Record {
+func recordIn(cluster, namespace, name string, endpoints ...federation.Endpoint) *federation.Record {
 	return &federation.Record{
 		Source: federation.SourceID("kube:" + cluster), Name: federation.ServiceName{Namespace: namespace, Name: name},
 		Type: federation.ClusterIP, Ports: ports, Endpoints: endpoints,
 	}
 }
 
-func endpoint(ip, network string, change ...func(*federation.Endpoint)) federation.Endpoint {
+func endpointAt(ip, network string, change ...func(*federation.Endpoint)) federation.Endpoint {
 	e := federation.Endpoint{
 		Workload: ip, UID: ip, Addresses: []netip.Addr{netip.MustParseAddr(ip)}, TargetPorts: map[uint32]uint32{80: 8080},
 		Health: federation.Ready, Network: federation.Network(network), ServiceAccount: "default", Mesh: true,
@@ -95,29 +95,29 @@ func TestWhatAGatewayLetsIn(t *testing.T) {
 	notReady := func(e *federation.Endpoint) { e.Health = federation.NotReady }
 	terminating := func(e *federation.Endpoint) { e.Health = federation.Terminating }
 	bare := func(e *federation.Endpoint) { e.Mesh = false }
-	local := record("west", "shop", "local", endpoint("10.2.0.9", "n2"))
+	local := recordIn("west", "shop", "local", endpointAt("10.2.0.9", "n2"))
 	local.ClusterLocal = true
-	hidden := record("west", "shop", "hidden", endpoint("10.2.0.9", "n2"))
+	hidden := recordIn("west", "shop", "hidden", endpointAt("10.2.0.9", "n2"))
 	hidden.ExportTo = []string{"~"}
 	for _, c := range []struct {
 		what string
 		in   *federation.Snapshot
 		want []string
 	}{
-		{"endpoints of its own network only", snapshot(record("west", "shop", "pay", endpoint("10.2.0.2", "n2"), endpoint("10.3.0.2", "n3")), record("east", "shop", "pay", endpoint("10.1.0.2", "n1"))),
+		{"endpoints of its own network only", snapshot(recordIn("west", "shop", "pay", endpointAt("10.2.0.2", "n2"), endpointAt("10.3.0.2", "n3")), recordIn("east", "shop", "pay", endpointAt("10.1.0.2", "n1"))),
 			[]string{"outbound_.80_._.pay.shop.svc.cluster.local 10.2.0.2:8080"}},
-		{"also of another cluster on the same network", snapshot(record("east", "shop", "pay", endpoint("10.2.0.7", "n2"))),
+		{"also of another cluster on the same network", snapshot(recordIn("east", "shop", "pay", endpointAt("10.2.0.7", "n2"))),
 			[]string{"outbound_.80_._.pay.shop.svc.cluster.local 10.2.0.7:8080"}},
-		{"a service that is only elsewhere", snapshot(record("east", "shop", "pay", endpoint("10.1.0.2", "n1"))), nil},
+		{"a service that is only elsewhere", snapshot(recordIn("east", "shop", "pay", endpointAt("10.1.0.2", "n1"))), nil},
 		{"a cluster-local service", snapshot(local), nil},
 		{"a service exported to nobody", snapshot(hidden), nil},
-		{"a system namespace", snapshot(record("west", "kube-system", "dns", endpoint("10.2.0.2", "n2"))), nil},
-		{"endpoints without a proxy", snapshot(record("west", "shop", "pay", endpoint("10.2.0.2", "n2", bare))), nil},
-		{"ready before terminating", snapshot(record("west", "shop", "pay", endpoint("10.2.0.2", "n2"), endpoint("10.2.0.3", "n2", terminating), endpoint("10.2.0.4", "n2", notReady))),
+		{"a system namespace", snapshot(recordIn("west", "kube-system", "dns", endpointAt("10.2.0.2", "n2"))), nil},
+		{"endpoints without a proxy", snapshot(recordIn("west", "shop", "pay", endpointAt("10.2.0.2", "n2", bare))), nil},
+		{"ready before terminating", snapshot(recordIn("west", "shop", "pay", endpointAt("10.2.0.2", "n2"), endpointAt("10.2.0.3", "n2", terminating), endpointAt("10.2.0.4", "n2", notReady))),
 			[]string{"outbound_.80_._.pay.shop.svc.cluster.local 10.2.0.2:8080"}},
-		{"terminating when nothing else is left", snapshot(record("west", "shop", "pay", endpoint("10.2.0.3", "n2", terminating), endpoint("10.2.0.4", "n2", notReady))),
+		{"terminating when nothing else is left", snapshot(recordIn("west", "shop", "pay", endpointAt("10.2.0.3", "n2", terminating), endpointAt("10.2.0.4", "n2", notReady))),
 			[]string{"outbound_.80_._.pay.shop.svc.cluster.local 10.2.0.3:8080"}},
-		{"a cluster stays while its endpoints are unready", snapshot(record("west", "shop", "pay", endpoint("10.2.0.4", "n2", notReady))),
+		{"a cluster stays while its endpoints are unready", snapshot(recordIn("west", "shop", "pay", endpointAt("10.2.0.4", "n2", notReady))),
 			[]string{"outbound_.80_._.pay.shop.svc.cluster.local"}},
 	} {
 		t.Run(c.what, func(t *testing.T) {
@@ -131,9 +131,9 @@ func TestWhatAGatewayLetsIn(t *testing.T) {
 
 func TestSubsetsAndPods(t *testing.T) {
 	t.Parallel()
-	db := record("west", "shop", "db", endpoint("10.2.0.5", "n2", func(e *federation.Endpoint) { e.Hostname = "db-0" }))
+	db := recordIn("west", "shop", "db", endpointAt("10.2.0.5", "n2", func(e *federation.Endpoint) { e.Hostname = "db-0" }))
 	db.Type = federation.Headless
-	s := snapshot(record("west", "shop", "pay", endpoint("10.2.0.2", "n2"), endpoint("10.2.0.3", "n2", func(e *federation.Endpoint) { e.Labels = map[string]string{"v": "2"} })), db)
+	s := snapshot(recordIn("west", "shop", "pay", endpointAt("10.2.0.2", "n2"), endpointAt("10.2.0.3", "n2", func(e *federation.Endpoint) { e.Labels = map[string]string{"v": "2"} })), db)
 	s.Objects = []*federation.Object{{
 		Source: "kube:east", APIVersion: "networking.istio.io/v1", Kind: "DestinationRule", Namespace: "shop", Name: "pay",
 		Raw: []byte(`{"apiVersion":"networking.istio.io/v1","kind":"DestinationRule","metadata":{"name":"pay","namespace":"shop"},"spec":{"host":"pay","subsets":[{"name":"V2","labels":{"v":"2"}}]}}`),

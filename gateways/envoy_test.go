@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package xdsserver_test
+package gateways_test
 
 import (
 	"bufio"

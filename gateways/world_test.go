@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package xdsserver_test
+package gateways_test
 
 import (
 	"bytes"
@@ -41,7 +41,7 @@ import (
 )
 
 // insideWorld is set in the process that has a network of its own.
-const insideWorld = "ISTHMUS_XDS_WORLD"
+const insideWorld = "ISTHMUS_ENVOY_WORLD"
 
 // enterWorld runs the test again in network, mount and process namespaces of its own, and
 // returns true in there. All that is started inside ends with it.
