@@ -35,10 +35,10 @@ const stageKey = key("stage")
 // words are the verbs of the scripts. Each prints the time it took, and leaves what it
 // found in stdout for the next line to match. Options are written name=value.
 //
-//	cluster NAME [network=N] [pods=CIDR] [services=CIDR] [nodes=N] [region=R]
+//	cluster NAME [network=N] [pods=CIDR] [services=CIDR] [nodes=N] [region=R] [key=CLUSTER]
 //	meshd NAME [FLAG…]                     a replica of the control service
 //	join NAME [primary] [FLAG…]            mesh join cluster, from the laptop
-//	mesh ARG…                              anything else a person would type
+//	mesh ARG… [code=N]                     anything else a person would type, and its exit code
 //	kubectl CLUSTER ARG…
 //	workload CLUSTER NS/NAME [port=NAME:N[:SPEAKS]]… [replicas=N] [headless] [statefulset] [inject=false] [export=false] [sa=A]
 //	apply CLUSTER FILE [inject]
@@ -154,7 +154,7 @@ func wordCluster(ctx context.Context, s *scene) error {
 	if err != nil {
 		return err
 	}
-	config := stage.ClusterConfig{Network: s.opts["network"], Region: s.opts["region"], Zone: s.opts["zone"]}
+	config := stage.ClusterConfig{Network: s.opts["network"], Region: s.opts["region"], Zone: s.opts["zone"], KeyOf: s.opts["key"]}
 	if config.Nodes, err = s.number("nodes", 1); err != nil {
 		return err
 	}
@@ -206,14 +206,8 @@ func wordJoin(ctx context.Context, s *scene) error {
 func wordMesh(ctx context.Context, s *scene) error {
 	r, err := s.Mesh(ctx, s.args...)
 	s.out = r.Stdout + r.Stderr
-	if err == nil && r.Code != 0 {
-		err = fmt.Errorf("exit code %d\n%s", r.Code, s.out)
-	}
-	if want, ok := s.opts["code"]; ok && err != nil {
-		if want == strconv.Itoa(r.Code) {
-			return nil
-		}
-		err = fmt.Errorf("want exit code %s: %w", want, err)
+	if want := first(s.opts["code"], "0"); err == nil && want != strconv.Itoa(r.Code) {
+		err = fmt.Errorf("exit code %d, want %s\n%s", r.Code, want, s.out)
 	}
 	return err
 }

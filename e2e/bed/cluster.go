@@ -35,6 +35,9 @@ type ClusterConfig struct {
 	Issuer string
 	// APIServerFlags are added to the API server's.
 	APIServerFlags []string
+	// SigningKeyOf is the cluster whose key signs service account tokens here
+	// too, as happens where a control plane was copied; nil means a key of its own.
+	SigningKeyOf *Cluster
 }
 
 // A Cluster is a Kubernetes control plane on a host of the transit network:
@@ -112,7 +115,7 @@ func (c *Cluster) issue() (err error) {
 	if err != nil {
 		return err
 	}
-	private, public, err := signingKey()
+	private, public, err := c.signingKey()
 	if err != nil {
 		return err
 	}
@@ -125,6 +128,21 @@ func (c *Cluster) issue() (err error) {
 		"sa.key": private, "sa.pub": public, "manager.conf": managerConfig,
 	})
 }
+
+func (c *Cluster) signingKey() (private, public []byte, err error) {
+	other := c.config.SigningKeyOf
+	if other == nil {
+		return signingKey()
+	}
+	if private, err = os.ReadFile(other.SigningKeyFile()); err != nil {
+		return nil, nil, err
+	}
+	public, err = os.ReadFile(filepath.Join(other.dir(), "sa.pub"))
+	return private, public, err
+}
+
+// SigningKeyFile holds, in PEM, the RSA key that signs service account tokens.
+func (c *Cluster) SigningKeyFile() string { return filepath.Join(c.dir(), "sa.key") }
 
 // connect makes the client of the administrator.
 func (c *Cluster) connect() (err error) {

@@ -34,6 +34,8 @@ type ClusterConfig struct {
 	Nodes    int
 	Region   string
 	Zone     string
+	// KeyOf names a cluster that signs service account tokens with the same key.
+	KeyOf string
 }
 
 // Cluster makes a cluster and waits until pods can run in it.
@@ -48,7 +50,15 @@ func (s *Stage) Cluster(ctx context.Context, name string, config ClusterConfig) 
 	if err != nil {
 		return nil, err
 	}
-	control, err := s.World.Cluster(name, bed.ClusterConfig{Network: network, Services: config.Services})
+	made := bed.ClusterConfig{Network: network, Services: config.Services}
+	if config.KeyOf != "" {
+		other, err := s.cluster(config.KeyOf)
+		if err != nil {
+			return nil, err
+		}
+		made.SigningKeyOf = other.Cluster
+	}
+	control, err := s.World.Cluster(name, made)
 	if err != nil {
 		return nil, err
 	}
