@@ -17,7 +17,7 @@ import (
 
 // faultWords break things, and look into proxies.
 var faultWords = map[string]word{
-	"unready": wordReady, "ready": wordReady, "kill": wordProcess, "stop": wordProcess, "pause": wordProcess,
+	"unready": wordReady, "ready": wordReady, "crash": wordProcess, "end": wordProcess, "pause": wordProcess,
 	"resume": wordProcess, "start": wordProcess, "cut": wordCut, "heal": wordCut, "capture": wordCapture,
 	"captured": wordCaptured, "stat": wordStat, "in": wordIn, "proxy": wordProxy,
 }
@@ -57,9 +57,9 @@ func wordProcess(ctx context.Context, s *scene) error {
 		return err
 	}
 	switch s.verb {
-	case "kill":
+	case "crash":
 		return p.Kill()
-	case "stop":
+	case "end":
 		return p.Stop(stage.Patience)
 	case "pause":
 		return p.Pause()

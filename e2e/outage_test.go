@@ -2,5 +2,167 @@
 
 package e2e
 
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"regexp"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/isthmus-mesh/isthmus/e2e/stage"
+)
+
 // outageWords are about parts that are away, replaced or restored.
-var outageWords = map[string]word{}
+//
+//	assignment CLUSTER NS/APP HOST     what the Envoy was told of a service's endpoints, every byte
+//	restart-proxy CLUSTER NS/APP       its first pod's agent and Envoy are killed; until they are back
+//	renew CLUSTER NS/APP               its first pod's agent renews its certificate
+var outageWords = map[string]word{
+	"assignment": wordAssignment, "restart-proxy": wordRestartProxy, "renew": wordRenew,
+}
+
+// wordAssignment prints the load assignments of a host as Envoy holds them, in an order
+// and form of their own, so that equal ones are equal text.
+func wordAssignment(ctx context.Context, s *scene) error {
+	args, _, err := s.need(3)
+	if err != nil {
+		return err
+	}
+	dump, err := s.Envoy(ctx, args[0], args[1], "/config_dump?include_eds&resource=dynamic_endpoint_configs")
+	if err != nil {
+		return err
+	}
+	s.out, err = assignments(dump, args[2])
+	return err
+}
+
+// assignments picks those of a host out of an Envoy's dump.
+func assignments(dump, host string) (string, error) {
+	var parsed struct {
+		Configs []struct {
+			Endpoints struct {
+				Name string `json:"cluster_name"`
+			} `json:"endpoint_config"`
+		} `json:"configs"`
+	}
+	var whole struct {
+		Configs []struct {
+			Endpoints any `json:"endpoint_config"`
+		} `json:"configs"`
+	}
+	if err := errors.Join(json.Unmarshal([]byte(dump), &parsed), json.Unmarshal([]byte(dump), &whole)); err != nil {
+		return "", err
+	}
+	found := map[string]any{}
+	for i, c := range parsed.Configs {
+		if name := c.Endpoints.Name; strings.Contains(name, "|"+host+".") {
+			found[name] = whole.Configs[i].Endpoints
+		}
+	}
+	if len(found) == 0 {
+		return "", fmt.Errorf("Envoy holds no endpoints of %s", host)
+	}
+	text, err := json.MarshalIndent(found, "", " ") // sorts names
+	return string(text) + "\n", err
+}
+
+// wordRestartProxy kills the proxy container of a workload's first pod and waits until its
+// kubelet's next one is live.
+func wordRestartProxy(ctx context.Context, s *scene) error {
+	args, _, err := s.need(2)
+	if err != nil {
+		return err
+	}
+	pod, err := s.FirstPod(ctx, args[0], args[1])
+	if err != nil {
+		return err
+	}
+	before, err := s.uptime(ctx, args[0], pod)
+	if err != nil {
+		return err
+	}
+	if err := s.Signal(args[0], pod, stage.ProxyContainer, syscall.SIGKILL); err != nil {
+		return err
+	}
+	killed := time.Now()
+	took, err := stage.Until(ctx, stage.Patience, func() error {
+		now, err := s.uptime(ctx, args[0], pod)
+		if err == nil && now > before+time.Since(killed) {
+			err = errors.New("the old Envoy still runs")
+		}
+		return err
+	})
+	s.out = fmt.Sprintf("live again after %v\n", took.Round(time.Millisecond))
+	return err
+}
+
+var uptimeOf = regexp.MustCompile(`"uptime_current_epoch": "(\d+s)"`)
+
+// uptime of the Envoy in a pod, which must be live.
+func (s *scene) uptime(ctx context.Context, cluster, pod string) (time.Duration, error) {
+	info, err := s.Envoy(ctx, cluster, pod+"/", "/server_info")
+	if err != nil {
+		return 0, err
+	}
+	m := uptimeOf.FindStringSubmatch(info)
+	if m == nil || !strings.Contains(info, `"state": "LIVE"`) {
+		return 0, fmt.Errorf("Envoy in %s is not live:\n%s", pod, info)
+	}
+	return time.ParseDuration(m[1])
+}
+
+// wordRenew makes an agent renew its certificate, and waits until its Envoy uses the new one.
+func wordRenew(ctx context.Context, s *scene) error {
+	args, _, err := s.need(2)
+	if err != nil {
+		return err
+	}
+	pod, err := s.FirstPod(ctx, args[0], args[1])
+	if err != nil {
+		return err
+	}
+	before, err := s.serial(ctx, args[0], pod)
+	if err != nil {
+		return err
+	}
+	if err := s.Signal(args[0], pod, stage.ProxyContainer, syscall.SIGHUP); err != nil {
+		return err
+	}
+	took, err := stage.Until(ctx, stage.Patience, func() error {
+		now, err := s.serial(ctx, args[0], pod)
+		if err == nil && now == before {
+			err = fmt.Errorf("the certificate is still %s", before)
+		}
+		s.out = fmt.Sprintf("serial %s, before %s\n", now, before)
+		return err
+	})
+	s.ts.Logf("renewed after %v", took.Round(time.Millisecond))
+	return err
+}
+
+// serial of the certificate that the Envoy in a pod shows.
+func (s *scene) serial(ctx context.Context, cluster, pod string) (string, error) {
+	page, err := s.Envoy(ctx, cluster, pod+"/", "/certs")
+	if err != nil {
+		return "", err
+	}
+	var certs struct {
+		Certificates []struct {
+			Chain []struct {
+				Serial string `json:"serial_number"`
+			} `json:"cert_chain"`
+		} `json:"certificates"`
+	}
+	if err := json.Unmarshal([]byte(page), &certs); err != nil {
+		return "", err
+	}
+	for _, c := range certs.Certificates {
+		if len(c.Chain) > 0 {
+			return c.Chain[0].Serial, nil
+		}
+	}
+	return "", fmt.Errorf("Envoy in %s shows no certificate", pod)
+}

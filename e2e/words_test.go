@@ -47,7 +47,7 @@ const stageKey = key("stage")
 //	share CLUSTER MIN MAX                  share of the last call's answers
 //	load start NAME CLUSTER NS/APP URL [rate=N] [FLAG…];  load stop NAME
 //	unready, ready CLUSTER NS/APP [pods=N] their processes go on answering
-//	kill, stop, pause, resume, start WHAT  a meshd by name, or CLUSTER apiserver|etcd|controllers
+//	crash, end, pause, resume, start WHAT  a meshd by name, or CLUSTER apiserver|etcd|controllers
 //	cut, heal A B                          packets between two of: cluster, network or meshd
 //	capture transit;  captured             what crossed, as text
 //	stat CLUSTER NS/APP REGEXP             a line of the Envoy's /stats
