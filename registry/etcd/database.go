@@ -12,6 +12,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -239,6 +240,10 @@ func (c *slogCore) Check(e zapcore.Entry, checked *zapcore.CheckedEntry) *zapcor
 }
 
 func (c *slogCore) Write(e zapcore.Entry, fields []zapcore.Field) error {
+	level := c.level(e.Level)
+	if strings.HasPrefix(e.Message, "setting up serving from embedded etcd failed") {
+		level = slog.LevelDebug // how every orderly end of its listener is told
+	}
 	m := zapcore.NewMapObjectEncoder()
 	for _, f := range append(c.fields[:len(c.fields):len(c.fields)], fields...) {
 		f.AddTo(m)
@@ -247,7 +252,7 @@ func (c *slogCore) Write(e zapcore.Entry, fields []zapcore.Field) error {
 	for k, v := range m.Fields {
 		attrs = append(attrs, slog.Any(k, v))
 	}
-	c.log.LogAttrs(context.Background(), c.level(e.Level), e.Message, attrs...)
+	c.log.LogAttrs(context.Background(), level, e.Message, attrs...)
 	return nil
 }
 

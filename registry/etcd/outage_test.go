@@ -218,40 +218,43 @@ func TestKilledWhileWriting(t *testing.T) {
 		if acknowledged < 60 {
 			t.Fatalf("round %d: the writer ended by itself after %d", round, acknowledged)
 		}
-		check := func() {
-			db, err := etcd.Open(t.Context(), etcd.DatabaseConfig{DataDir: dir})
-			if err != nil {
-				t.Fatalf("round %d: open again: %v", round, err)
-			}
-			defer db.Close()
-			began := time.Now()
-			ctx, cancel := context.WithCancel(t.Context())
-			store := etcd.New(etcd.StoreConfig{Client: db.Client(), Sealer: fakeSealer{}, Sole: true})
-			done := make(chan struct{})
-			go func() { defer close(done); store.Run(ctx) }()
-			defer func() { cancel(); <-done }()
-			<-store.Ready()
-			s, _ := store.Snapshot()
-			records := s.Records[federation.ServiceName{Namespace: "shop", Name: "cart"}]
-			if len(records) != 1 {
-				t.Fatalf("round %d: the record is lost", round)
-			}
-			// Versions are written one after the other: that of the port is the last one stored.
-			if got := int(records[0].Ports[0].Number); got < acknowledged {
-				t.Errorf("round %d: version %d is stored, %d was acknowledged", round, got, acknowledged)
-			}
-			if n := len(records[0].Endpoints); n != 200 {
-				t.Errorf("round %d: %d endpoints, want 200", round, n)
-			}
-			session, err := store.Begin(t.Context(), records[0].Source)
-			if err != nil {
-				t.Fatalf("round %d: the session of the killed process is in the way: %v", round, err)
-			}
-			session.Close(t.Context())
-			t.Logf("round %d: killed after %d, loaded in %v", round, acknowledged, time.Since(began).Round(time.Millisecond))
-		}
-		check()
+		checkKilled(t, dir, round, acknowledged)
 	}
+}
+
+// checkKilled opens what a killed process left: whatever it acknowledged is there.
+func checkKilled(t *testing.T, dir string, round, acknowledged int) {
+	t.Helper()
+	db, err := etcd.Open(t.Context(), etcd.DatabaseConfig{DataDir: dir})
+	if err != nil {
+		t.Fatalf("round %d: open again: %v", round, err)
+	}
+	defer db.Close()
+	began := time.Now()
+	ctx, cancel := context.WithCancel(t.Context())
+	store := etcd.New(etcd.StoreConfig{Client: db.Client(), Sealer: fakeSealer{}, Sole: true})
+	done := make(chan struct{})
+	go func() { defer close(done); store.Run(ctx) }()
+	defer func() { cancel(); <-done }()
+	<-store.Ready()
+	s, _ := store.Snapshot()
+	records := s.Records[federation.ServiceName{Namespace: "shop", Name: "cart"}]
+	if len(records) != 1 {
+		t.Fatalf("round %d: the record is lost", round)
+	}
+	// Versions are written one after the other: that of the port is the last one stored.
+	if got := int(records[0].Ports[0].Number); got < acknowledged {
+		t.Errorf("round %d: version %d is stored, %d was acknowledged", round, got, acknowledged)
+	}
+	if n := len(records[0].Endpoints); n != 200 {
+		t.Errorf("round %d: %d endpoints, want 200", round, n)
+	}
+	session, err := store.Begin(t.Context(), records[0].Source)
+	if err != nil {
+		t.Fatalf("round %d: the session of the killed process is in the way: %v", round, err)
+	}
+	session.Close(t.Context())
+	t.Logf("round %d: killed after %d, loaded in %v", round, acknowledged, time.Since(began).Round(time.Millisecond))
 }
 
 // writeForever applies one version after the other and says so.
