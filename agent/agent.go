@@ -4,6 +4,7 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -241,7 +242,8 @@ func (a *Agent) prepare(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := os.WriteFile(c.bootstrapPath(), data, 0o644); err != nil {
+	// Nothing in it is secret, and Envoy must be able to read it whatever our umask is.
+	if err := errors.Join(os.WriteFile(c.bootstrapPath(), data, 0o644), os.Chmod(c.bootstrapPath(), 0o644)); err != nil {
 		return fmt.Errorf("write bootstrap: %w", err)
 	}
 	return a.listening.open(ctx, c)

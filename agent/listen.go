@@ -149,7 +149,8 @@ func makeDirs(c *Config) error {
 		return fmt.Errorf("run folder: %w", err)
 	}
 	if os.Geteuid() == 0 {
-		if err := os.Chown(c.RunDir, 0, c.EnvoyUID); err != nil {
+		// Whatever the umask of who started us: Envoy's group must be able to enter.
+		if err := errors.Join(os.Chown(c.RunDir, 0, c.EnvoyUID), os.Chmod(c.RunDir, 0o750)); err != nil {
 			return fmt.Errorf("run folder: %w", err)
 		}
 	}
