@@ -37,6 +37,10 @@ const (
 	StaticCredential     Code = "MESH1023"
 	ApplyFailed          Code = "MESH1024"
 	LeftBehind           Code = "MESH1025"
+	MalformedObject      Code = "MESH2101"
+	ManyEndpoints        Code = "MESH2102"
+	OverBudget           Code = "MESH2103"
+	ObjectTooLarge       Code = "MESH2104"
 	PortProtocolConflict Code = "MESH2201"
 	ServiceTypeConflict  Code = "MESH2202"
 	PortNameConflict     Code = "MESH2203"
@@ -204,6 +208,26 @@ var explanations = map[Code]Explanation{
 		Title:   "something remains in the cluster that left",
 		Meaning: "The listed objects could not be removed, or were not touched because the cluster was not reachable. They do no harm: the credentials in them are no longer accepted by the mesh.",
 		Remedy:  "Delete them with the printed commands when the cluster is reachable.",
+	},
+	MalformedObject: {
+		Title:   "part of an object in a cluster cannot be right and is ignored",
+		Meaning: "A field of a Service, an EndpointSlice or a Pod is malformed, for example an address that is none. Only that part is left out.",
+		Remedy:  "Correct the object that the message names; whoever writes it is usually a controller.",
+	},
+	ManyEndpoints: {
+		Title:   "a service has very many endpoints",
+		Meaning: "The service has more endpoints than is reasonable, or more than a cluster may report for one service; in the latter case the rest is left out.",
+		Remedy:  "Check whether the selector of the service is too wide.",
+	},
+	OverBudget: {
+		Title:   "a cluster reports more than it may",
+		Meaning: "What goes beyond the budget of one cluster is left out, so that one cluster cannot take the others down.",
+		Remedy:  "Find out what the cluster has so many of: mesh services --cluster NAME.",
+	},
+	ObjectTooLarge: {
+		Title:   "an object is too large and is left out",
+		Meaning: "The object is larger than what the store takes, for example because of a huge annotation.",
+		Remedy:  "Make the object that the message names smaller.",
 	},
 	PortProtocolConflict: {
 		Title:   "clusters disagree on the protocol of a port",

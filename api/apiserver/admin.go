@@ -39,7 +39,8 @@ func callerOf(ctx context.Context) caller {
 // way in, from whatever address.
 func (s *Server) admit(state *tls.ConnectionState, addr string) (caller, error) {
 	refuse := func(why string) (caller, error) {
-		s.cfg.Log.Warn("admin call refused", "peer", addr, "reason", why)
+		// Whoever reaches the port can cause this line.
+		s.refused.Do(func() { s.cfg.Log.Warn("admin call refused", "peer", addr, "reason", why) })
 		return caller{}, api.Problem{
 			Status: codes.Unauthenticated, Code: api.NotAnAdministrator, Message: why,
 			Try: "use the admin.conf in meshd's data directory",

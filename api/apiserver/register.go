@@ -6,10 +6,12 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"net"
 	"net/netip"
 	"net/url"
 	"reflect"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -147,6 +149,12 @@ func memberIn(c *api.Cluster) (*registry.Member, error) {
 	}
 	if _, err := ca.ParseSource(string(m.Source())); err != nil {
 		return nil, invalid("cluster %q: uid: %v", m.Name, err)
+	}
+	for _, a := range m.GatewayAddresses {
+		host, port, err := net.SplitHostPort(a)
+		if n, bad := strconv.ParseUint(port, 10, 16); err != nil || bad != nil || n == 0 || host == "" {
+			return nil, invalid("cluster %q: gateway address %q, want HOST:PORT", m.Name, a)
+		}
 	}
 	if err := m.Grant.Validate(); err != nil {
 		return nil, invalid("cluster %q: grant: %v", m.Name, err)

@@ -20,6 +20,7 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/time/rate"
 	"google.golang.org/grpc"
 
 	"github.com/isthmus-mesh/isthmus/api"
@@ -151,6 +152,8 @@ type Server struct {
 	routes http.Handler
 	probes *probeHub
 
+	refused rate.Sometimes // keeps the log small
+
 	mu       sync.Mutex
 	issued   map[string]time.Time // ends of join tokens that this replica made, by VM
 	findings snapshotFindings     // of the newest snapshot that was looked at
@@ -178,7 +181,10 @@ func New(cfg Config) (*Server, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.Default()
 	}
-	s := &Server{cfg: cfg, probes: newProbeHub(), issued: map[string]time.Time{}}
+	s := &Server{
+		cfg: cfg, probes: newProbeHub(), issued: map[string]time.Time{},
+		refused: rate.Sometimes{First: 10, Interval: 10 * time.Second},
+	}
 	s.grpc = grpc.NewServer(
 		grpc.ChainUnaryInterceptor(s.unaryAdmin), grpc.ChainStreamInterceptor(s.streamAdmin),
 		grpc.MaxRecvMsgSize(maxRequest),

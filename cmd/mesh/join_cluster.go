@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"net/url"
 	"slices"
 	"strconv"
@@ -86,7 +87,6 @@ type join struct {
 	begun time.Time
 
 	member  *member
-	secret  []byte // of --remote-secret
 	cluster *api.Cluster
 	reader  *api.Credential
 	writer  *api.Credential
@@ -164,9 +164,11 @@ func (j *join) prepare() error {
 func gatewayAddress(s string) (string, error) {
 	host, port, err := net.SplitHostPort(s)
 	if err != nil {
-		host, port = strings.Trim(s, "[]"), "15443"
+		host, port = strings.TrimSuffix(strings.TrimPrefix(s, "["), "]"), "15443"
 	}
-	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 || host == "" || strings.ContainsAny(host, "/ ") {
+	_, noIP := netip.ParseAddr(host)
+	n, err := strconv.ParseUint(port, 10, 16)
+	if err != nil || n == 0 || host == "" || strings.ContainsAny(host, "[]/ ") || strings.Contains(host, ":") && noIP != nil {
 		return "", usagef("--gateway-address is %q, want HOST or HOST:PORT", s)
 	}
 	return net.JoinHostPort(host, port), nil

@@ -79,14 +79,6 @@ func (st style) arrow() string {
 	return "→"
 }
 
-// dot separates facts on one line.
-func (st style) dot() string {
-	if st.ascii {
-		return "-"
-	}
-	return "·"
-}
-
 var marks = map[string]struct {
 	symbol, ascii string
 	tone          tone
@@ -97,6 +89,7 @@ var marks = map[string]struct {
 	"warning":   {"!", "warn", yellow},
 	"failed":    {"✗", "FAIL", red},
 	"error":     {"✗", "FAIL", red},
+	"info":      {"·", "-", faint},
 	"running":   {"…", "...", faint},
 }
 
