@@ -315,6 +315,7 @@ func TestEnvoy(t *testing.T) {
 	t.Run("headless pods by their own addresses", func(t *testing.T) { headless(t, m) })
 	t.Run("a headless service that exists only elsewhere", func(t *testing.T) { remoteHeadless(t, m) })
 	t.Run("routes, subsets and weights across the gateway", func(t *testing.T) { routes(t, m) })
+	t.Run("connections outlive a change of their cluster", func(t *testing.T) { outlives(t, m) })
 	t.Run("failover follows readiness", func(t *testing.T) { failover(t, m) })
 	t.Run("an update resends only what changed", func(t *testing.T) { resends(t, m) })
 	t.Run("who comes back is sent nothing", func(t *testing.T) { reconnects(t, m) })
@@ -492,6 +493,54 @@ func object(apiVersion, kind, name, spec string) *federation.Object {
 	return &federation.Object{
 		Source: "kube:east", APIVersion: apiVersion, Kind: kind, Namespace: "shop", Name: name, Created: time.Unix(1, 0),
 		Raw: fmt.Appendf(nil, `{"apiVersion":%q,"kind":%q,"metadata":{"name":%q,"namespace":"shop"},"spec":%s}`, apiVersion, kind, name, spec),
+	}
+}
+
+// outlives holds connections while the list of accounts of their service changes, which
+// replaces the cluster.
+func outlives(t *testing.T, m *mesh) {
+	tcp, err := m.client.dial("10.96.0.9:83")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tcp.Close()
+	ws, err := m.client.dial("10.96.0.9:80")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ws.Close()
+	for _, c := range []net.Conn{tcp, ws} {
+		_ = c.SetDeadline(time.Now().Add(30 * time.Second))
+	}
+	tcpIn, wsIn := bufio.NewReader(tcp), bufio.NewReader(ws)
+	if _, err := tcpIn.ReadString('\n'); err != nil {
+		t.Fatal(err)
+	}
+	fmt.Fprint(ws, "GET / HTTP/1.1\r\nHost: pay\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+	if resp, err := http.ReadResponse(wsIn, nil); err != nil || resp.StatusCode != 101 {
+		t.Fatal(resp, err)
+	}
+	before := m.clientProxy.stat("cluster_manager.cluster_modified")
+	for n := range 4 {
+		m.change(t, func(s *federation.Snapshot) {
+			other := endpoint(m.farLoad)
+			other.Workload, other.UID, other.ServiceAccount = "new", "uid-new", fmt.Sprintf("account-%d", n)
+			s.Records[federation.ServiceName{Namespace: "shop", Name: "pay"}] = []*federation.Record{
+				record("kube:east", endpoint(m.nearLoad)), record("kube:west", endpoint(m.farLoad), other),
+			}
+		})
+		for name, c := range map[string]struct {
+			conn net.Conn
+			in   *bufio.Reader
+		}{"TCP": {tcp, tcpIn}, "WebSocket": {ws, wsIn}} {
+			fmt.Fprintf(c.conn, "%d\n", n)
+			if line, err := c.in.ReadString('\n'); err != nil || line != fmt.Sprintf("%d\n", n) {
+				t.Errorf("%s after change %d: %q %v", name, n, line, err)
+			}
+		}
+	}
+	if m.clientProxy.stat("cluster_manager.cluster_modified") == before {
+		t.Error("no cluster was replaced: the test shows nothing")
 	}
 }
 

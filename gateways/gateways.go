@@ -64,6 +64,9 @@ func Build(view *federation.View, index *config.Index, proxy xds.Proxy) (xds.Res
 // Builder is Build with a memory: it makes again only the services that have changed. It
 // is not safe for concurrent use.
 type Builder struct {
+	// LogFormat of access logs; empty means xds.AccessLogFormat.
+	LogFormat string
+
 	view  *federation.View
 	index *config.Index
 	parts map[*federation.Service]*part
@@ -101,7 +104,7 @@ func (b *Builder) BuildClass(view *federation.View, index *config.Index, class x
 		}
 	}
 	frame := &part{}
-	frame.put("Listener "+Listener, xds.ListenerType, Listener, func() (validatable, error) { return listener(class.V6) })
+	frame.put("Listener "+Listener, xds.ListenerType, Listener, func() (validatable, error) { return listener(class.V6, b.LogFormat) })
 	add(frame)
 	for _, s := range view.Services {
 		p := b.parts[s]
@@ -290,7 +293,7 @@ func keepalive() *corev3.TcpKeepalive {
 }
 
 // listener has the one chain. There is no default chain: what it does not take is closed.
-func listener(v6 bool) (validatable, error) {
+func listener(v6 bool, logFormat string) (validatable, error) {
 	inspector, err := pack(&tlsinspectv3.TlsInspector{})
 	if err != nil {
 		return nil, err
@@ -299,8 +302,13 @@ func listener(v6 bool) (validatable, error) {
 	if err != nil {
 		return nil, err
 	}
+	log, err := xds.AccessLog(logFormat)
+	if err != nil {
+		return nil, err
+	}
 	tcp, err := pack(&tcpv3.TcpProxy{
 		StatPrefix: StatPrefix,
+		AccessLog:  log,
 		// The SNI names the cluster. This one does not exist.
 		ClusterSpecifier:   &tcpv3.TcpProxy_Cluster{Cluster: "BlackHoleCluster"},
 		MaxConnectAttempts: wrapperspb.UInt32(3),

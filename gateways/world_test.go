@@ -61,6 +61,9 @@ func enterWorld(t *testing.T) bool {
 		}
 	}
 	args := []string{"-test.run=^" + t.Name() + "$", "-test.v", "-test.timeout=180s"}
+	if testing.Short() {
+		args = append(args, "-test.short")
+	}
 	for _, a := range os.Args[1:] {
 		if strings.HasPrefix(a, "-test.gocoverdir") {
 			args = append(args, a)

@@ -43,6 +43,8 @@ type build struct {
 	labels   map[string]string // of the class
 	gateways bool              // some other network has a way in
 	weigh    func(federation.WeightKey, uint32) uint32
+
+	logFormat string // of access logs; see AccessLog
 }
 
 func newBuild(view *federation.View, index *config.Index, class Class) *build {
@@ -140,7 +142,7 @@ func (b *build) frame() built {
 	f := b.class.families()
 	object := "Proxy " + b.class.String()
 	add := func(typeURL, name string, make func(*packer) validatable) {
-		p := &packer{}
+		p := &packer{logFormat: b.logFormat}
 		out.put(object, typeURL, name, make(p), p)
 	}
 	ports := b.class.ports()
@@ -180,6 +182,9 @@ func gather(parts []*built) (Resources, []federation.Finding) {
 		for typeURL, list := range part.resources {
 			out[typeURL] = append(out[typeURL], list...)
 		}
+	}
+	for _, part := range parts {
+		out[ListenerType] = append(out[ListenerType], part.pods...)
 	}
 	for typeURL, list := range out {
 		slices.SortStableFunc(list, func(a, b Resource) int { return cmp.Compare(a.Name, b.Name) })

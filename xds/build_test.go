@@ -282,6 +282,28 @@ func TestHeadlessHere(t *testing.T) {
 	}
 }
 
+func TestNobodyTakesAnothersAddress(t *testing.T) {
+	t.Parallel()
+	w := newWorld()
+	// The first by name, with an endpoint that someone wrote by hand.
+	evil := w.add("east", "aaa", http80, "10.96.0.99~")
+	evil.Type, evil.ClusterIPs = federation.Headless, nil
+	evil.Endpoints[0].TargetPorts = map[uint32]uint32{80: 80}
+	w.add("east", "pay", http80, "10.1.0.2").ClusterIPs = []netip.Addr{netip.MustParseAddr("10.96.0.99")}
+	w.add("east", "wild", http80).ClusterIPs = []netip.Addr{netip.MustParseAddr("0.0.0.0")}
+	r, findings := w.build(t, client)
+	l := read(t, r, xds.ListenerType, "10.96.0.99_80", &listenerv3.Listener{})
+	if text := l.String(); !strings.Contains(text, "pay.shop") || strings.Contains(text, "aaa.shop") {
+		t.Error("the listener is another service's")
+	}
+	if len(findings) != 1 || findings[0].Object != "Listener 10.96.0.99_80" {
+		t.Errorf("%v", findings)
+	}
+	if _, ok := r.Get(xds.ListenerType, "0.0.0.0_80"); ok {
+		t.Error("a listener takes every address")
+	}
+}
+
 func TestVisibility(t *testing.T) {
 	t.Parallel()
 	w := newWorld()

@@ -18,6 +18,9 @@ type Builder struct {
 	// exact. A service whose weight it held back is to be named to Forget when it lets go.
 	Weigh func(key federation.WeightKey, ready uint32) uint32
 
+	// LogFormat of access logs; empty means AccessLogFormat.
+	LogFormat string
+
 	view  *federation.View // what the following was made for
 	index *config.Index
 	ports map[federation.WorkloadKey][]inboundPort
@@ -69,7 +72,7 @@ func (b *Builder) Build(view *federation.View, index *config.Index, proxy Proxy)
 func (b *Builder) BuildClass(view *federation.View, index *config.Index, class Class) (Resources, []federation.Finding) {
 	b.move(view, index)
 	job := newBuild(view, index, class)
-	job.weigh = b.Weigh
+	job.weigh, job.logFormat = b.Weigh, b.LogFormat
 	frame := job.frame()
 	parts := []*built{&frame}
 	var seen []*federation.Service

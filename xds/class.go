@@ -128,7 +128,8 @@ func inboundPorts(view *federation.View) map[federation.WorkloadKey][]inboundPor
 			}
 			key := federation.WorkloadKey{Source: e.Source, UID: e.UID}
 			for _, port := range s.Ports {
-				if target, ok := e.TargetPorts[port.Number]; ok && target > 0 && target <= 65535 {
+				// The proxy's own port has a chain of its own.
+				if target, ok := e.TargetPorts[port.Number]; ok && target > 0 && target <= 65535 && target != InboundPort {
 					out[key] = withPort(out[key], inboundPort{number: target, protocol: port.Protocol})
 				}
 			}

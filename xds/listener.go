@@ -122,6 +122,7 @@ func tcpTo(statPrefix, cluster string) *tcpv3.TcpProxy {
 }
 
 func (p *packer) tcpFilter(t *tcpv3.TcpProxy) *listenerv3.Filter {
+	t.AccessLog = p.accessLog()
 	return p.networkFilter("envoy.filters.network.tcp_proxy", t)
 }
 
@@ -166,6 +167,7 @@ func (p *packer) httpManager(statPrefix string, filters ...*hcmv3.HttpFilter) *h
 		NormalizePath:              wrapperspb.Bool(true),
 		ServerHeaderTransformation: hcmv3.HttpConnectionManager_PASS_THROUGH,
 		UseRemoteAddress:           wrapperspb.Bool(false),
+		AccessLog:                  p.accessLog(),
 	}
 }
 

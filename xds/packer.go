@@ -13,7 +13,10 @@ import (
 
 // packer packs messages into other messages and keeps the first error, so that a
 // resource is written down in one expression and judged once at the end.
-type packer struct{ err error }
+type packer struct {
+	err       error
+	logFormat string // of access logs; see AccessLog
+}
 
 func (p *packer) any(m proto.Message) *anypb.Any {
 	out := &anypb.Any{}

@@ -25,10 +25,23 @@ const podListeners = 1000
 type built struct {
 	resources map[string][]Resource
 	findings  []federation.Finding
+
+	// pods are the listeners of headless pods. They yield to those of services: whoever
+	// may write an endpoint could otherwise put a listener on somebody else's address.
+	pods []Resource
 }
 
 // put adds a resource, or the finding that it cannot be built.
 func (b *built) put(object, typeURL, name string, m validatable, p *packer) {
+	if r, ok := b.encode(object, typeURL, name, m, p); ok {
+		if b.resources == nil {
+			b.resources = map[string][]Resource{}
+		}
+		b.resources[typeURL] = append(b.resources[typeURL], r)
+	}
+}
+
+func (b *built) encode(object, typeURL, name string, m validatable, p *packer) (Resource, bool) {
 	err := p.err
 	if err == nil {
 		err = m.ValidateAll()
@@ -39,12 +52,9 @@ func (b *built) put(object, typeURL, name string, m validatable, p *packer) {
 	}
 	if err != nil {
 		b.note(object, federation.SeverityError, "%s %s cannot be built and is left out: %v", kindOf(typeURL), name, err)
-		return
+		return Resource{}, false
 	}
-	if b.resources == nil {
-		b.resources = map[string][]Resource{}
-	}
-	b.resources[typeURL] = append(b.resources[typeURL], r)
+	return r, true
 }
 
 func (b *built) note(object, severity, format string, args ...any) {
@@ -227,10 +237,10 @@ func (b *serviceBuild) listenPod(ip netip.Addr, number uint32, t target, port fe
 }
 
 func (b *serviceBuild) listener(ip netip.Addr, number uint32, port federation.Port, t target, pod *structpb.Struct) {
-	if !b.class.families().has(ip) {
-		return
+	if !b.class.families().has(ip) || ip.IsUnspecified() || ip.IsLoopback() || ip.IsMulticast() {
+		return // nobody dials it, or it would mean every address
 	}
-	p := &packer{}
+	p := &packer{logFormat: b.logFormat}
 	tcp := tcpTo(t.name, t.name)
 	var http *hcmv3.HttpConnectionManager
 	if port.Protocol.IsHTTP() || port.Protocol == federation.Unknown {
@@ -244,7 +254,11 @@ func (b *serviceBuild) listener(ip netip.Addr, number uint32, port federation.Po
 		tcp.MetadataMatch = &corev3.Metadata{FilterMetadata: map[string]*structpb.Struct{"envoy.lb": pod}}
 	}
 	l := p.outboundListener(ip.String(), number, port.Protocol, http, tcp)
-	b.put(b.object, ListenerType, l.Name, l, p)
+	if pod == nil {
+		b.put(b.object, ListenerType, l.Name, l, p)
+	} else if r, ok := b.encode(b.object, ListenerType, l.Name, l, p); ok {
+		b.pods = append(b.pods, r)
+	}
 }
 
 // choosePod adds to every request's load balancing the pod whose address was dialled.
