@@ -16,9 +16,11 @@ import (
 //	remote-secret CLUSTER FILE [expired]       what istioctl create-remote-secret prints
 //	interrupt TEXT ARG… [code=N]               mesh ARG…, and Ctrl-C once it has printed TEXT
 //	crowd CLUSTER NS/NAME n=N                  a Service whose N endpoints are written by hand
+//	crds CLUSTER                               the kinds of Istio
 //	bloat CLUSTER NS/NAME ANNOTATION n=BYTES   a very long annotation of a Service
 var hostileWords = map[string]word{
 	"person": wordPerson, "remote-secret": wordRemoteSecret, "interrupt": wordInterrupt, "crowd": wordCrowd, "bloat": wordBloat,
+	"crds": wordCRDs,
 }
 
 func wordPerson(ctx context.Context, s *scene) error {
@@ -49,6 +51,14 @@ func wordInterrupt(ctx context.Context, s *scene) error {
 		err = fmt.Errorf("exit code %d, want %s\n%s", r.Code, want, s.out)
 	}
 	return err
+}
+
+func wordCRDs(ctx context.Context, s *scene) error {
+	args, _, err := s.need(1)
+	if err != nil {
+		return err
+	}
+	return s.IstioKinds(ctx, args[0])
 }
 
 func wordCrowd(ctx context.Context, s *scene) error {
