@@ -224,7 +224,7 @@ func (j *join) options() kube.MemberOptions {
 	return kube.MemberOptions{
 		ClusterName: j.name, ClusterID: j.cluster.GetMetadata().GetUid(), Network: j.network,
 		TrustDomain: j.admitted.GetTrustDomain(), Meshd: j.admitted.GetAdvertised(), Root: j.admitted.GetRoot(),
-		ProxyImage: j.proxyImage, GatewayReplicas: j.gatewayReplicas, Primary: j.primary, Gateway: !j.noGateway,
+		ProxyImage: j.proxyImage, GatewayReplicas: j.gatewayReplicas, Gateway: !j.noGateway,
 	}
 }
 

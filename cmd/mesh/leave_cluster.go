@@ -156,7 +156,7 @@ func (s *session) cleanMember(ctx context.Context, c *connection, p *steps, clus
 	// Only the names of the objects matter here.
 	objects, err := kube.Manifests(kube.MemberOptions{
 		ClusterName: name, ClusterID: cluster.GetMetadata().GetUid(), Network: cluster.GetSpec().GetNetwork(),
-		Gateway: true, Primary: true, Root: []byte(c.config.Root), Meshd: []string{s.target},
+		Gateway: true, Root: []byte(c.config.Root), Meshd: []string{s.target},
 	})
 	if err != nil {
 		return fmt.Errorf("manifests: %w", err)

@@ -20,20 +20,13 @@ type Rule struct {
 var read = []string{"get", "list", "watch"}
 
 // readerRules are what meshd's reader may do in the whole cluster. There is no Secret
-// among them. A primary's configuration is read besides.
-func readerRules(primary bool) []Rule {
-	rules := []Rule{
-		{[]string{""}, []string{"services", "pods", "nodes", "namespaces"}, nil, read, "services, their workloads, localities and networks"},
-		{[]string{"discovery.k8s.io"}, []string{"endpointslices"}, nil, read, "endpoints of services"},
-	}
-	if primary {
-		rules = append(rules,
-			Rule{[]string{"networking.istio.io", "security.istio.io", "telemetry.istio.io", "extensions.istio.io"}, []string{"*"}, nil, read, "Istio's configuration, which a primary contributes"},
-			Rule{[]string{"gateway.networking.k8s.io"}, []string{"*"}, nil, read, "Gateway API objects, which a primary contributes"},
-			Rule{[]string{"multicluster.x-k8s.io"}, []string{"*"}, nil, read, "exported services, which a primary contributes"},
-		)
-	}
-	return rules
+// among them.
+var readerRules = []Rule{
+	{[]string{""}, []string{"services", "pods", "nodes", "namespaces"}, nil, read, "services, their workloads, localities and networks"},
+	{[]string{"discovery.k8s.io"}, []string{"endpointslices"}, nil, read, "endpoints of services"},
+	{[]string{"networking.istio.io", "security.istio.io", "telemetry.istio.io", "extensions.istio.io"}, []string{"*"}, nil, read, "Istio's configuration: a primary contributes it, a remote's is reported as ignored"},
+	{[]string{"gateway.networking.k8s.io"}, []string{"*"}, nil, read, "Gateway API objects, likewise"},
+	{[]string{"multicluster.x-k8s.io"}, []string{"*"}, nil, read, "exported services, likewise"},
 }
 
 // readerOwnRules are what the reader may do in the namespace of the mesh.
@@ -77,7 +70,7 @@ func RequiredAccess(o MemberOptions) []authorizationv1.ResourceAttributes {
 		add("", "services", Namespace, apply...)
 	}
 	need = append(need, authorizationv1.ResourceAttributes{Resource: "serviceaccounts", Subresource: "token", Namespace: Namespace, Verb: "create"})
-	for _, r := range slices.Concat(readerRules(o.Primary), writerRules) {
+	for _, r := range slices.Concat(readerRules, writerRules) {
 		for _, group := range r.Groups {
 			for _, resource := range r.Resources {
 				add(group, resource, "", r.Verbs...)

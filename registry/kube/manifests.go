@@ -52,7 +52,6 @@ type MemberOptions struct {
 	Root        []byte   // PEM of the mesh's roots
 	ProxyImage  string   // empty means DefaultProxyImage
 
-	Primary         bool // the reader may also read configuration
 	Gateway         bool // install an east-west gateway
 	GatewayReplicas int  // zero means 1
 }
@@ -80,7 +79,7 @@ func Manifests(o MemberOptions) ([]*unstructured.Unstructured, error) {
 		object("v1", "ServiceAccount", WriterAccount, nil),
 		object("v1", "ConfigMap", RootConfigMap, fields{"data": fields{"root-cert.pem": string(o.Root)}}),
 	}
-	objects = append(objects, role("ClusterRole", ReaderAccount, readerRules(o.Primary))...)
+	objects = append(objects, role("ClusterRole", ReaderAccount, readerRules)...)
 	objects = append(objects, role("Role", ReaderAccount, readerOwnRules)...)
 	objects = append(objects, role("ClusterRole", WriterAccount, writerRules)...)
 	objects = append(objects, role("Role", WriterAccount, writerOwnRules)...)

@@ -14,7 +14,7 @@ import (
 func options() kube.MemberOptions {
 	return kube.MemberOptions{
 		ClusterName: "east", ClusterID: "uid", Network: "n1", Meshd: []string{"mesh.example:15012"}, Root: []byte("PEM"),
-		Primary: true, Gateway: true,
+		Gateway: true,
 	}
 }
 
@@ -45,8 +45,7 @@ func TestMemberIsGivenOnlyWhatItNeeds(t *testing.T) {
 		want   []string // kinds that are there
 		not    string   // in any rule
 	}{
-		{"primary with a gateway", func(*kube.MemberOptions) {}, []string{"Deployment", "Service"}, "secrets"},
-		{"remote", func(o *kube.MemberOptions) { o.Primary = false }, []string{"Deployment"}, "istio"},
+		{"with a gateway", func(*kube.MemberOptions) {}, []string{"Deployment", "Service"}, "secrets"},
 		{"without a gateway", func(o *kube.MemberOptions) { o.Gateway = false }, []string{"ClusterRole"}, "secrets"},
 	} {
 		t.Run(c.name, func(t *testing.T) {

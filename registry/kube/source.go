@@ -319,14 +319,10 @@ func (r *run) followCore(ctx context.Context, wg *sync.WaitGroup) {
 }
 
 // discover looks for kinds of configuration, and again for those that are not installed
-// yet. Remotes are not asked: their configuration does nothing.
+// yet. Remotes are asked too: their objects do nothing, and must be seen to say so.
 func (r *run) discover(ctx context.Context, wg *sync.WaitGroup) {
 	for {
-		failed := false
-		m := r.config.Store.Members()[r.config.ID]
-		if m != nil && m.Role == federation.Primary {
-			failed = !r.discoverOnce(ctx, wg)
-		}
+		failed := !r.discoverOnce(ctx, wg)
 		r.mu.Lock()
 		r.discovered = r.discovered || !failed
 		r.mu.Unlock()
