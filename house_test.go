@@ -61,7 +61,7 @@ var arrows = map[string][]string{
 }
 
 // testOnly rooms may be imported by every room's tests.
-var testOnly = []string{"ca/catest", "registry/registrytest", "ca", "ca/caserver", "ca/attest", "federation", "config", "api", "registry/etcd"}
+var testOnly = []string{"ca/catest", "registry/registrytest", "ca", "ca/caserver", "ca/attest", "federation", "config", "api", "registry/etcd", "xds/xdsserver"}
 
 // owners names the only rooms that may import a library, and why.
 var owners = []struct {
