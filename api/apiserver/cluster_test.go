@@ -213,6 +213,34 @@ func TestClustersTellHowTheyAre(t *testing.T) {
 	}
 }
 
+// A meshd that restarts while a cluster is away has heard nothing of it, and still tells
+// since when it is away.
+func TestTheAgeOfAnOutageOutlivesARestart(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	east := w.join(t, "uid-e", "east", "n1")
+	session, err := w.store.Begin(t.Context(), east)
+	if err != nil {
+		t.Fatal(err)
+	}
+	away := federation.Condition{Type: federation.Reachable, Reason: "Refused", Since: time.Now().Add(-10 * time.Minute)}
+	if _, err := session.SetConditions(t.Context(), []federation.Condition{away}); err != nil {
+		t.Fatal(err)
+	}
+	registrytest.Eventually(t, w.store, "the condition", func(*federation.Snapshot) bool {
+		return len(w.store.Members()["uid-e"].Conditions) == 1
+	})
+	away.Since = time.Now()
+	w.sources.set(registry.SourceState{Source: east, Holding: true, Status: registry.Status{Conditions: []federation.Condition{away}}})
+	got, err := w.client.GetCluster(t.Context(), &api.GetClusterRequest{Name: "east"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if age := got.GetStatus().GetLag().AsDuration(); age < 10*time.Minute || got.GetStatus().GetPhase() != "Degraded" {
+		t.Errorf("%s since %v, want Degraded since 10m", got.GetStatus().GetPhase(), age)
+	}
+}
+
 // A cluster leaves: its endpoints first, then its records, its identities and
 // its streams; and it may come back.
 func TestAClusterLeaves(t *testing.T) {

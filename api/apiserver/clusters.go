@@ -155,7 +155,9 @@ func (s *Server) describe(m *registry.Member, state registry.SourceState, mine b
 	}
 	if mine {
 		for _, condition := range state.Status.Conditions {
-			if stored, ok := conditions[condition.Type]; ok && stored.Status == condition.Status && condition.Since.IsZero() {
+			// The store remembers across restarts since when; what is live knows only its own time.
+			stored, ok := conditions[condition.Type]
+			if ok && stored.Status == condition.Status && !stored.Since.IsZero() {
 				condition.Since = stored.Since
 			}
 			conditions[condition.Type] = condition
