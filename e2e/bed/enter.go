@@ -75,6 +75,13 @@ func Enter() {
 	}
 }
 
+// Outside reports whether this process is the one that a person started, before it enters
+// the bed: the place for what needs the machine's network.
+func Outside() bool {
+	_, err := os.Stat(insideOf)
+	return os.Getenv(stageVar) == "" && (err != nil || os.Getenv(anotherIn) != "")
+}
+
 // enter plays the stage that this process is for.
 func enter() (code int, outside bool) {
 	switch os.Getenv(stageVar) {

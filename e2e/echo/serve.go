@@ -55,6 +55,7 @@ func serveCommand() *cobra.Command {
 	f.Uint16Var(&s.first, "first", 8084, "port for TCP, the server speaks first")
 	f.Uint16Var(&s.tls, "tls", 8443, "port for HTTP over TLS")
 	f.DurationVar(&s.grace, "grace", 0, "how long to serve on after SIGTERM")
+	f.StringVar(&s.place.Cluster, "cluster", s.place.Cluster, "cluster to answer with")
 	f.StringVar(&s.place.Version, "version", s.place.Version, "version to answer with")
 	return cmd
 }

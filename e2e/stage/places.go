@@ -5,7 +5,6 @@ package stage
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"fmt"
 	"io"
 	"maps"
@@ -92,59 +91,6 @@ func (s *Stage) Envoy(ctx context.Context, cluster, workload, page string) (stri
 	var out bytes.Buffer
 	err := s.Exec(ctx, cluster, pod, ProxyContainer, &out, "echo", "get", "http://127.0.0.1:15000"+page)
 	return out.String(), err
-}
-
-// VM makes a virtual machine on a network.
-func (s *Stage) VM(_ context.Context, name, network string) (*bed.VM, error) {
-	n, err := s.Network(network, bed.NetworkConfig{})
-	if err != nil {
-		return nil, err
-	}
-	vm, err := s.World.VM(name, bed.VMConfig{Network: n, Files: map[string]string{vmEcho: s.programs.Path("echo")}})
-	if err != nil {
-		return nil, err
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.vms[name] = vm
-	return vm, nil
-}
-
-// Onboard registers a VM by `mesh vm onboard`, and pastes the line it prints on the VM. The
-// script is given the token as a file, since nobody is there to type it.
-func (s *Stage) Onboard(ctx context.Context, name string, flags ...string) (string, error) {
-	vm, ok := s.VMs()[name]
-	if !ok {
-		return "", fmt.Errorf("there is no VM %q", name)
-	}
-	args := append([]string{"vm", "onboard", name, "--network", vm.Network().Name(), "-o", "json"}, flags...)
-	text, err := s.MustMesh(ctx, args...)
-	if err != nil {
-		return "", err
-	}
-	var admitted struct{ Line, Token string }
-	if err := json.Unmarshal([]byte(text), &admitted); err != nil {
-		return "", fmt.Errorf("mesh vm onboard -o json: %w\n%s", err, text)
-	}
-	if err := vm.WriteFile(ctx, "/root/token", []byte(admitted.Token+"\n"), 0o600); err != nil {
-		return "", err
-	}
-	out, err := vm.Run(ctx, admitted.Line+" --token-file /root/token")
-	return admitted.Line + "\n" + string(out), err
-}
-
-// vmEcho is where a VM has the echo program.
-const vmEcho = "/opt/echo"
-
-// Serve runs the echo program on a VM, now and after each reboot.
-func (s *Stage) Serve(vm *bed.VM, args ...string) error {
-	ctx := context.Background()
-	line := fmt.Sprintf("#!/bin/sh\n%s %s >/var/log/echo.log 2>&1 &\n", vmEcho, strings.Join(args, " "))
-	if err := vm.WriteFile(ctx, "/etc/rc.local", []byte(line), 0o755); err != nil {
-		return err
-	}
-	_, err := vm.Run(ctx, "/etc/rc.local")
-	return err
 }
 
 // Doors are the ways in for a person's second terminal.
