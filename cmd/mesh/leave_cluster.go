@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/protobuf/types/known/durationpb"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime/schema"
@@ -35,7 +36,8 @@ func (s *session) leaveClusterCommand() *cobra.Command {
 First the other clusters stop calling it, then it is removed from the registry and
 its identities are no longer issued or renewed, at last the objects that the join
 applied are deleted from it. With --force nothing is waited for: the cluster is
-dead.`,
+dead. What a join left that was interrupted before its end is deleted too; then
+--context is needed.`,
 		Example: `  mesh leave cluster west --context prod-west
   mesh leave cluster west --force --yes`,
 		Args: arguments(1, 1, "the name of the cluster"), ValidArgsFunction: s.completeClusters,
@@ -63,6 +65,9 @@ func (s *session) leaveCluster(ctx context.Context, name string, f leaveFlags) e
 	defer cancel()
 	departure, err := c.DescribeDeparture(ctx, &api.DescribeDepartureRequest{Name: name})
 	if err != nil {
+		if cluster := s.neverJoined(ctx, c, name, err); cluster != nil {
+			return s.undoJoin(ctx, c, cluster, f)
+		}
 		return s.rpcFailure("cannot take out "+printable(name), err)
 	}
 	cluster := departure.GetCluster()
@@ -87,6 +92,45 @@ func (s *session) leaveCluster(ctx context.Context, name string, f leaveFlags) e
 	}
 	p.say("%s has left.", name)
 	return nil
+}
+
+// neverJoined is the cluster of --context if meshd knows it by no name at all and a join has
+// left objects in it; else nil.
+func (s *session) neverJoined(ctx context.Context, c *connection, name string, err error) *api.Cluster {
+	if api.ProblemOf(err).Status != codes.NotFound || s.member.context == "" {
+		return nil
+	}
+	m, err := s.openMember()
+	if err != nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, s.requestTimeout)
+	defer cancel()
+	uid, err1 := m.server.ClusterID(ctx)
+	known, err2 := c.ListClusters(ctx, &api.ListClustersRequest{})
+	_, err3 := m.objects.Resource(schema.GroupVersionResource{Version: "v1", Resource: "namespaces"}).Get(ctx, kube.Namespace, metav1.GetOptions{})
+	if errors.Join(err1, err2, err3) != nil {
+		return nil
+	}
+	for _, cluster := range known.GetItems() {
+		if cluster.GetMetadata().GetUid() == string(uid) {
+			return nil
+		}
+	}
+	return &api.Cluster{
+		Metadata: &api.Metadata{Name: name, Uid: string(uid)}, Spec: &api.ClusterSpec{Network: name, ApiServer: m.config.Host},
+	}
+}
+
+// undoJoin deletes what a join that was interrupted has left in a cluster.
+func (s *session) undoJoin(ctx context.Context, c *connection, cluster *api.Cluster, f leaveFlags) error {
+	p := s.newSteps()
+	name := cluster.GetMetadata().GetName()
+	p.say("%s (uid %s, %s) is no member; an interrupted join has left objects in it.", name, cluster.GetMetadata().GetUid(), cluster.GetSpec().GetApiServer())
+	if err := s.confirm(f.yes, "Delete them?", name); err != nil {
+		return err
+	}
+	return s.cleanMember(ctx, c, p, cluster, f)
 }
 
 // departureText says what will be lost.
