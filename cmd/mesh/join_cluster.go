@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 
 	"github.com/isthmus-mesh/isthmus/api"
@@ -205,12 +206,21 @@ func (j *join) plan() []func(context.Context) error {
 func (j *join) stopped(ctx context.Context, last string) error {
 	f := &failure{
 		exit: exitInterrupted, what: "join of " + j.name + " stopped", why: "interrupted " + last,
-		try: "resume: run the same command again; undo: mesh leave cluster " + j.name,
+		try: "resume: run the same command again\nundo: " + j.undo(),
 	}
 	if errors.Is(context.Cause(ctx), context.DeadlineExceeded) {
 		f.exit, f.code, f.why = exitTimeout, api.TimedOut, "gave up after "+short(j.timeout)+": "+last
 	}
 	return f
+}
+
+// undo is the command that takes back what was done so far.
+func (j *join) undo() string {
+	out := "mesh leave cluster " + j.name
+	if j.member != nil && j.member.context != "" {
+		out += " --context " + j.member.context
+	}
+	return out
 }
 
 // atomic is the context of a step that Ctrl-C does not tear apart.
@@ -237,6 +247,12 @@ func (j *join) meet(ctx context.Context) error {
 		return j.member.failure("cannot talk to the cluster", err)
 	}
 	uid, err := j.member.server.ClusterID(ctx)
+	if apierrors.IsForbidden(err) && j.remoteSecret == "" {
+		// Rather all that is missing than the first of it.
+		if missing := j.permissions(ctx); missing != nil {
+			return missing
+		}
+	}
 	if err != nil {
 		return j.member.failure("cannot read the UID of namespace kube-system", err)
 	}
@@ -496,10 +512,11 @@ func (j *join) register(ctx context.Context) error {
 	}
 	if answer.GetOutcome() == "unchanged" {
 		step.unchanged("registration unchanged")
-		return nil
+	} else {
+		j.changed = true
+		step.done("registered: %s", answer.GetOutcome())
 	}
-	j.changed = true
-	step.done("registered: %s", answer.GetOutcome())
+	j.findings(answer.GetFindings())
 	return nil
 }
 

@@ -62,6 +62,9 @@ func (j *join) synced(ctx context.Context) error {
 				return kind + ": " + firstOf(condition.GetMessage(), condition.GetReason(), "not yet"), false
 			}
 		}
+		if st := c.GetStatus(); st.GetSyncedBy() != "" && st.GetLastSynced() == nil {
+			return "its services are being stored", false
+		}
 		return "", true
 	})
 	if err != nil {

@@ -10,6 +10,8 @@ import (
 	"testing"
 
 	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/isthmus-mesh/isthmus/registry/kube"
 )
 
 func TestMain(m *testing.M) {
@@ -59,6 +61,7 @@ func setup(env *testscript.Env) error {
 	env.Setenv("MESHD", server.address)
 	env.Setenv("MEMBER", strings.TrimPrefix(member.URL, "https://"))
 	env.Setenv("TERM", "xterm")
+	env.Setenv("PERMISSIONS", strconv.Itoa(len(kube.RequiredAccess(kube.MemberOptions{Gateway: true}))))
 	return nil
 }
 

@@ -114,6 +114,9 @@ func (m *member) failure(what string, err error) error {
 		f.try = "log in to the cluster again, then run the same command"
 	case errors.As(err, &status) && apierrors.IsForbidden(err):
 		f.exit, f.code = exitDenied, api.MissingPermission
+		if f.why == "unknown" { // what client-go makes of an answer that is no Status
+			f.why = "the API server at " + m.host() + " forbids it to the user of the kubeconfig"
+		}
 	case !errors.As(err, &status):
 		f.exit, f.code = exitUnreachable, api.MemberUnreachable
 		f.why = "API server at " + m.host() + ": " + strings.TrimSpace(shortURLError(err))
