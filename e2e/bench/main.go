@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Command bench measures the figures of docs/performance.md on this machine: real meshd,
+// real API servers and etcd, real Envoys. It prints one line of JSON a figure, and on
+// standard error what it does and what machine this is.
+//
+//	bench [FIGURE ...]
+//
+// It judges nothing: what a figure should be stands beside it.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/signal"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/isthmus-mesh/isthmus/e2e/bed"
+	"github.com/isthmus-mesh/isthmus/e2e/kubelet"
+	"github.com/isthmus-mesh/isthmus/e2e/stage"
+)
+
+// scene is a mesh on which some figures are measured.
+type scene struct {
+	name    string
+	figures []figure
+	atMost  time.Duration
+	play    func(ctx context.Context, b *bench) error
+}
+
+// figure is one number of the table.
+type figure struct {
+	name, unit string
+	target     float64 // at most; 0 if it is only reported
+}
+
+func scenes() []scene {
+	return []scene{
+		{"fleet", []figure{
+			{"memory-1000x10-mib", "MiB", 150}, {"etcd-bytes-per-change", "bytes", 8192},
+			{"etcd-txn-per-change", "transactions", 1}, {"ready-members-dead-s", "s", 3},
+		}, 4 * time.Minute, playFleet},
+		{"clusters", []figure{{"memory-per-cluster-mib", "MiB", 10}}, 4 * time.Minute, playClusters},
+		{"flat", []figure{{"propagation-p50-ms", "ms", 30}, {"propagation-p99-ms", "ms", 100}}, 3 * time.Minute, playFlat},
+		{"gateway", []figure{{"gateway-hop-p99-ms", "ms", 0}}, 4 * time.Minute, playGateway},
+	}
+}
+
+func main() {
+	kubelet.Shim()
+	flag.Usage = usage
+	keep := flag.String("keep-logs", "", "folder for the logs of all processes")
+	flag.Parse()
+	b := &bench{wanted: flag.Args(), keepLogs: *keep}
+	if unknown := b.unknown(); unknown != "" {
+		fmt.Fprintf(os.Stderr, "bench: there is no figure %q\n", unknown)
+		usage()
+		os.Exit(2)
+	}
+	remove, err := stage.BuildPrograms(context.Background())
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+	code := bed.Inside(b).Run()
+	remove()
+	os.Exit(code)
+}
+
+func usage() {
+	fmt.Fprintln(os.Stderr, "usage: bench [-keep-logs DIR] [FIGURE ...]\n\nfigures:")
+	for _, s := range scenes() {
+		for _, f := range s.figures {
+			fmt.Fprintf(os.Stderr, "  %s (%s)\n", f.name, f.unit)
+		}
+	}
+}
+
+// bench plays the scenes of the figures that are wanted.
+type bench struct {
+	wanted   []string // empty means all
+	keepLogs string
+	start    time.Time
+}
+
+func (b *bench) unknown() string {
+	for _, name := range b.wanted {
+		if !slices.ContainsFunc(scenes(), func(s scene) bool { return s.has(name) }) {
+			return name
+		}
+	}
+	return ""
+}
+
+func (s scene) has(name string) bool {
+	return slices.ContainsFunc(s.figures, func(f figure) bool { return f.name == name })
+}
+
+// Run is what is done inside the bed; it returns the exit code.
+func (b *bench) Run() int {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	b.start = time.Now()
+	b.say("machine: %s", machine())
+	code := 0
+	for _, s := range scenes() {
+		if len(b.wanted) > 0 && !slices.ContainsFunc(b.wanted, s.has) || ctx.Err() != nil {
+			continue
+		}
+		b.say("%s: at most %v, load average %s", s.name, s.atMost, loadAverage())
+		limited, cancel := context.WithTimeout(ctx, s.atMost)
+		if err := s.play(limited, b); err != nil {
+			b.say("%s: %v", s.name, err)
+			code = 1
+		}
+		cancel()
+	}
+	return code
+}
+
+// stage sets up an empty stage, and plays on it.
+func (b *bench) stage(play func(*stage.Stage) error) error {
+	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelError}))
+	s, err := stage.New(stage.Config{Log: log, KeepLogs: b.keepLogs})
+	if err != nil {
+		return err
+	}
+	err = play(s)
+	if left := s.Close(); left != nil {
+		b.say("left on the stage: %v", left)
+	}
+	return err
+}
+
+// say tells what happens.
+func (b *bench) say(format string, args ...any) {
+	fmt.Fprintf(os.Stderr, "%7.1fs  %s\n", time.Since(b.start).Seconds(), fmt.Sprintf(format, args...))
+}
+
+// report prints a figure, if it is wanted.
+func (b *bench) report(name string, value float64, note string, args ...any) {
+	if len(b.wanted) > 0 && !slices.Contains(b.wanted, name) {
+		return
+	}
+	for _, s := range scenes() {
+		for _, f := range s.figures {
+			if f.name != name {
+				continue
+			}
+			line := struct {
+				Bench  string   `json:"bench"`
+				Value  float64  `json:"value"`
+				Unit   string   `json:"unit"`
+				Target *float64 `json:"target"`
+				Note   string   `json:"note"`
+			}{Bench: name, Value: round(value), Unit: f.unit, Note: fmt.Sprintf(note, args...)}
+			if f.target > 0 {
+				line.Target = &f.target
+			}
+			if err := json.NewEncoder(os.Stdout).Encode(line); err != nil {
+				b.say("%s: %v", name, err)
+			}
+		}
+	}
+}
+
+// round keeps what means something.
+func round(v float64) float64 {
+	scale := 1.0
+	for v*scale < 100 && scale < 1000 {
+		scale *= 10
+	}
+	return float64(int64(v*scale+0.5)) / scale
+}
+
+// machine describes what the figures were measured on.
+func machine() string {
+	read := func(path, key string) string {
+		text, err := os.ReadFile(path)
+		if err != nil {
+			return "?"
+		}
+		for line := range strings.Lines(string(text)) {
+			if k, v, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(k) == key {
+				return strings.TrimSpace(v)
+			}
+		}
+		return "?"
+	}
+	kernel, _ := os.ReadFile("/proc/sys/kernel/osrelease")
+	return fmt.Sprintf("%s, %s, %s of memory, Linux %s", processors(), read("/proc/cpuinfo", "model name"),
+		read("/proc/meminfo", "MemTotal"), strings.TrimSpace(string(kernel)))
+}
+
+func loadAverage() string {
+	text, _ := os.ReadFile("/proc/loadavg")
+	first, _, _ := strings.Cut(string(text), " ")
+	return first
+}
