@@ -8,20 +8,27 @@ import (
 	"errors"
 	"fmt"
 	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
 
+	rbacv1 "k8s.io/api/rbac/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
 	"github.com/isthmus-mesh/isthmus/e2e/stage"
+	"github.com/isthmus-mesh/isthmus/registry/kube"
 )
 
 // outageWords are about parts that are away, replaced or restored.
 //
 //	assignment CLUSTER NS/APP HOST     what the Envoy was told of a service's endpoints, every byte
 //	restart-proxy CLUSTER NS/APP       its first pod's agent and Envoy are killed; until they are back
+//	forbid, allow CLUSTER RESOURCE     what meshd's account may read of a kind in a member
 //	renew CLUSTER NS/APP               its first pod's agent renews its certificate
 var outageWords = map[string]word{
 	"assignment": wordAssignment, "restart-proxy": wordRestartProxy, "renew": wordRenew,
+	"forbid": wordForbid, "allow": wordForbid,
 }
 
 // wordAssignment prints the load assignments of a host as Envoy holds them, in an order
@@ -140,6 +147,34 @@ func wordRenew(ctx context.Context, s *scene) error {
 		return err
 	})
 	s.ts.Logf("renewed after %v", took.Round(time.Millisecond))
+	return err
+}
+
+// wordForbid takes a kind out of what meshd may read in a member, or puts it back.
+func wordForbid(ctx context.Context, s *scene) error {
+	args, _, err := s.need(2)
+	if err != nil {
+		return err
+	}
+	c, err := s.ClusterNamed(args[0])
+	if err != nil {
+		return err
+	}
+	roles := c.Client().RbacV1().ClusterRoles()
+	role, err := roles.Get(ctx, kube.ReaderAccount, metav1.GetOptions{})
+	if err != nil {
+		return err
+	}
+	about := func(r rbacv1.PolicyRule) bool { return slices.Contains(r.Resources, args[1]) }
+	if s.verb == "forbid" {
+		if !slices.ContainsFunc(role.Rules, about) {
+			return fmt.Errorf("meshd may not read %s anyhow", args[1])
+		}
+		role.Rules = slices.DeleteFunc(role.Rules, about)
+	} else {
+		role.Rules = append(role.Rules, rbacv1.PolicyRule{APIGroups: []string{"*"}, Resources: args[1:2], Verbs: []string{"get", "list", "watch"}})
+	}
+	_, err = roles.Update(ctx, role, metav1.UpdateOptions{})
 	return err
 }
 

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	corev1 "k8s.io/api/core/v1"
 )
 
 // Report is what a series of calls came to, as `echo call` prints it.
@@ -90,16 +92,22 @@ func (s *Stage) callerPod(ctx context.Context, cluster, workload string) (*Clust
 	if err != nil {
 		return nil, "", err
 	}
-	namespace, _, _ := strings.Cut(workload, "/")
 	short, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
 	pods, err := s.Pods(short, cluster, workload)
-	if err == nil && len(pods) > 0 {
-		c.nodes.remember(workload, namespace+"/"+pods[0].Name)
+	if err == nil {
+		s.remember(cluster, workload, pods)
 	}
 	pod, ok := c.nodes.remembered(workload)
 	if !ok {
 		return nil, "", fmt.Errorf("no pod of %s in %s: %w", workload, cluster, err)
 	}
 	return c, pod, nil
+}
+
+// remember keeps the first pod of a workload for when the API server cannot be asked.
+func (s *Stage) remember(cluster, workload string, pods []corev1.Pod) {
+	if c, err := s.cluster(cluster); err == nil && len(pods) > 0 {
+		c.nodes.remember(workload, pods[0].Namespace+"/"+pods[0].Name)
+	}
 }

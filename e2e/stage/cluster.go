@@ -3,11 +3,13 @@
 package stage
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
+	"sync"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -23,6 +25,23 @@ type Cluster struct {
 	name    string
 	network string
 	nodes   *nodes
+
+	mu     sync.Mutex
+	member string // see KnownAs
+}
+
+// KnownAs tells that the cluster joined under another name than it has on the stage.
+func (c *Cluster) KnownAs(member string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.member = member
+}
+
+// inMesh is the cluster's name in the mesh.
+func (c *Cluster) inMesh() string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return cmp.Or(c.member, c.name)
 }
 
 // ClusterConfig says how a cluster is made. Zero values: a network of its own, one node,
@@ -104,6 +123,7 @@ func (s *Stage) WaitPods(ctx context.Context, cluster, workload string, n int) e
 		if ready != n || len(waiting) > 0 {
 			return fmt.Errorf("%s in %s: %d of %d pods are ready; waiting: %s", workload, cluster, ready, n, strings.Join(waiting, "; "))
 		}
+		s.remember(cluster, workload, pods)
 		return nil
 	})
 	return err
