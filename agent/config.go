@@ -71,6 +71,8 @@ type Config struct {
 	EnvoyUID      int
 	EnvoyLogLevel string
 	Concurrency   int
+	// AccessLog writes a line to standard output for each request and connection.
+	AccessLog bool
 
 	// RunDir holds socket, bootstrap and process number; empty means
 	// /var/run/isthmus. StateDir holds key and certificate; empty means RunDir.

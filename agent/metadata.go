@@ -30,6 +30,7 @@ func (c *Config) bootstrapConfig() *bootstrap.Config {
 		Socket:    c.socket(),
 		AdminPort: c.AdminPort,
 		StatsPort: c.StatsPort,
+		AccessLog: c.AccessLog,
 	}
 }
 

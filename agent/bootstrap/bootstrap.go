@@ -56,6 +56,9 @@ type Config struct {
 	Socket string
 	// AdminPort and StatsPort replace the standard ones; 0 means standard.
 	AdminPort, StatsPort uint16
+	// AccessLog writes a line for each request and connection from the start. Without it
+	// POST /runtime_modify?isthmus.access_log=100 at the admin port turns it on.
+	AccessLog bool
 	// MaxConnections bounds downstream connections; 0 means 100,000.
 	MaxConnections int64
 }
@@ -123,6 +126,7 @@ func (c *Config) Build() (*bootstrapv3.Bootstrap, error) {
 		Admin:              &bootstrapv3.Admin{Address: address("127.0.0.1", orDefault(c.AdminPort, AdminPort))},
 		DynamicResources:   dynamicResources(),
 		StaticResources:    &bootstrapv3.Bootstrap_StaticResources{Clusters: clusters, Listeners: stats},
+		LayeredRuntime:     c.runtime(),
 		OverloadManager:    overload,
 		StatsFlushInterval: durationpb.New(10 * time.Second),
 	}, nil
@@ -164,6 +168,24 @@ func dynamicResources() *bootstrapv3.Bootstrap_DynamicResources {
 			}},
 		},
 	}
+}
+
+// accessLogKey is where the resources of meshd look for the share, in percent, of what
+// is to be logged.
+const accessLogKey = "isthmus.access_log"
+
+// runtime is what a person at the admin port may change, over what is set here.
+func (c *Config) runtime() *bootstrapv3.LayeredRuntime {
+	share := 0.0
+	if c.AccessLog {
+		share = 100
+	}
+	return &bootstrapv3.LayeredRuntime{Layers: []*bootstrapv3.RuntimeLayer{
+		{Name: "agent", LayerSpecifier: &bootstrapv3.RuntimeLayer_StaticLayer{StaticLayer: &structpb.Struct{
+			Fields: map[string]*structpb.Value{accessLogKey: structpb.NewNumberValue(share)},
+		}}},
+		{Name: "admin", LayerSpecifier: &bootstrapv3.RuntimeLayer_AdminLayer_{AdminLayer: &bootstrapv3.RuntimeLayer_AdminLayer{}}},
+	}}
 }
 
 // overload refuses connections beyond a bound instead of running out of file

@@ -90,3 +90,22 @@ func TestEnvoyAcceptsIt(t *testing.T) {
 		}
 	}
 }
+
+func TestAccessLogsAreOffUnlessAskedForAndCanBeTurnedOn(t *testing.T) {
+	t.Parallel()
+	for on, want := range map[bool]float64{false: 0, true: 100} {
+		c := config()
+		c.AccessLog = on
+		b, err := c.Build()
+		if err != nil {
+			t.Fatal(err)
+		}
+		layers := b.GetLayeredRuntime().GetLayers()
+		if len(layers) != 2 || layers[1].GetAdminLayer() == nil {
+			t.Fatalf("got the layers %v, want what the agent says below what the admin port says", layers)
+		}
+		if got := layers[0].GetStaticLayer().GetFields()["isthmus.access_log"].GetNumberValue(); got != want {
+			t.Errorf("access log %v: got %v %%, want %v %%", on, got, want)
+		}
+	}
+}

@@ -141,6 +141,8 @@ func (p *Process) command(path string) *exec.Cmd {
 		"--parent-shutdown-time-s", strconv.Itoa(drain + 1),
 		"--drain-strategy", "immediate",
 		"--log-level", level,
+		// Access logs appear when something happens, not ten seconds later.
+		"--file-flush-interval-msec", "1000",
 		"--log-format", "%Y-%m-%dT%T.%fZ\t%l\tenvoy %n %g:%#\t%v",
 	}
 	if p.Concurrency > 0 {

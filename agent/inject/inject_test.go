@@ -266,3 +266,13 @@ func FuzzYAML(f *testing.F) {
 		}
 	})
 }
+
+func TestAnAnnotationTurnsAccessLogsOn(t *testing.T) {
+	t.Parallel()
+	for annotation, want := range map[string]bool{`isthmus-mesh.io/access-log: "true", `: true, `isthmus-mesh.io/access-log: "false", `: false, "": false} {
+		out, _ := run(t, strings.Replace(deployment, "annotations: {", "annotations: {"+annotation, 1))
+		if got := strings.Contains(out, "MESH_ACCESS_LOG"); got != want {
+			t.Errorf("with the annotations {%s}: access logs %v, want %v\n%s", annotation, got, want, out)
+		}
+	}
+}

@@ -93,6 +93,9 @@ type captured struct {
 	variable, own, istio string
 }
 
+// accessLog is the annotation that makes a proxy log what passes through it.
+const accessLog = annotationPrefix + "access-log"
+
 var captures = []captured{
 	{"MESH_OUTBOUND_TO", "outbound-to", "traffic.sidecar.istio.io/includeOutboundIPRanges"},
 	{"MESH_EXCLUDE_TO", "exclude-to", "traffic.sidecar.istio.io/excludeOutboundIPRanges"},

@@ -48,7 +48,7 @@ func Pod(t *corev1.PodTemplateSpec, o Options) (skipped string, err error) {
 	}
 	metrics := rewriteMetrics(work, former)
 	env := captureEnv(work)
-	work.Spec.InitContainers = append([]corev1.Container{initContainer(o, env), proxyContainer(o, env, probes, metrics)}, work.Spec.InitContainers...)
+	work.Spec.InitContainers = append([]corev1.Container{initContainer(o, env), proxyContainer(o, slices.Concat(env, accessLogEnv(work)), probes, metrics)}, work.Spec.InitContainers...)
 	work.Spec.Volumes = append(work.Spec.Volumes, volumes(o)...)
 	if work.Labels == nil {
 		work.Labels = map[string]string{}
@@ -56,6 +56,14 @@ func Pod(t *corev1.PodTemplateSpec, o Options) (skipped string, err error) {
 	work.Labels[ProxyLabel] = "sidecar"
 	*t = *work
 	return "", nil
+}
+
+// accessLogEnv reads the annotation that turns access logs on.
+func accessLogEnv(t *corev1.PodTemplateSpec) []corev1.EnvVar {
+	if on, err := strconv.ParseBool(t.Annotations[accessLog]); err != nil || !on {
+		return nil
+	}
+	return []corev1.EnvVar{{Name: "MESH_ACCESS_LOG", Value: "true"}}
 }
 
 // take removes what an earlier injection added, and returns its proxy, whose

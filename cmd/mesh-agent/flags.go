@@ -94,7 +94,7 @@ type proxyFlags struct {
 	redirect  string
 
 	drain, drainAtLeast, concurrency, envoyUID string
-	logLevel, logFormat                        string
+	logLevel, logFormat, accessLog             string
 }
 
 func (f *proxyFlags) bind(flags *pflag.FlagSet, get func(string) string) {
@@ -120,6 +120,7 @@ func (f *proxyFlags) bind(flags *pflag.FlagSet, get func(string) string) {
 	e.text(&c.Envoy, "envoy", "MESH_ENVOY", "envoy", "the Envoy program")
 	e.text(&f.envoyUID, "envoy-uid", "MESH_ENVOY_UID", strconv.Itoa(redirect.UID), "user and group that Envoy runs as if the agent is root")
 	e.text(&c.EnvoyLogLevel, "envoy-log-level", "MESH_ENVOY_LOG_LEVEL", "warning", "Envoy's log level")
+	e.text(&f.accessLog, "access-log", "MESH_ACCESS_LOG", "false", "write a line to standard output for each request and connection")
 	e.text(&f.concurrency, "concurrency", "MESH_CONCURRENCY", "0", "Envoy's worker threads; 0 is one per processor")
 	e.text(&c.RunDir, "run-dir", "MESH_RUN_DIR", "/var/run/isthmus", "folder for socket and bootstrap")
 	e.text(&c.StateDir, "state-dir", "MESH_STATE_DIR", "", "folder for key and certificate; the run folder if empty")
@@ -158,6 +159,7 @@ func (f *proxyFlags) config() (agent.Config, error) {
 		list(&c.Addresses, "addresses", f.addresses, netip.ParseAddr),
 		duration(&c.Drain, "drain", f.drain),
 		duration(&c.DrainAtLeast, "drain-at-least", f.drainAtLeast),
+		boolean(&c.AccessLog, "access-log", f.accessLog),
 		number(&c.Concurrency, "concurrency", f.concurrency),
 		number(&c.EnvoyUID, "envoy-uid", f.envoyUID),
 	)

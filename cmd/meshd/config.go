@@ -15,6 +15,8 @@ import (
 
 	"github.com/spf13/pflag"
 	"sigs.k8s.io/yaml"
+
+	"github.com/isthmus-mesh/isthmus/xds"
 )
 
 // Configuration of meshd: a file of this form (--config), and flags that win over it. An
@@ -85,6 +87,7 @@ type ListenConfiguration struct {
 type LogConfiguration struct {
 	Level  string `json:"level,omitempty"`  // debug, info, warn, error
 	Format string `json:"format,omitempty"` // text, json
+	Access string `json:"access,omitempty"` // format of the proxies' access logs; see xds.AccessLogFormat
 }
 
 // Duration is written as "30s", "24h".
@@ -129,6 +132,7 @@ func (f *flagValues) add(fs *pflag.FlagSet) {
 	fs.StringVar(&c.Listen.Diagnostics, "listen-diagnostics", "127.0.0.1:15014", "address for metrics and health, without TLS")
 	fs.StringVar(&c.Log.Level, "log-level", "info", "debug, info, warn or error")
 	fs.StringVar(&c.Log.Format, "log-format", "text", "text or json")
+	fs.StringVar(&c.Log.Access, "access-log-format", "", "a line of the proxies' access logs, in Envoy's commands (default: what it takes to find the other end)")
 	fs.DurationVar((*time.Duration)(&c.DrainDelay), "drain-delay", 0, "how long to go on, not ready, after it was told to stop")
 	fs.StringVar(&c.AgentProgram, "agent-program", "", "mesh-agent for machines that onboard (default: the one beside meshd)")
 	fs.StringVar(&c.EnvoyProgram, "envoy-program", "", "Envoy for machines that onboard (default: none, they bring their own)")
@@ -215,6 +219,9 @@ func (c *Configuration) validate() error {
 	}
 	if c.Log.Format != "text" && c.Log.Format != "json" {
 		return fmt.Errorf("--log-format %q: want text or json", c.Log.Format)
+	}
+	if err := xds.CheckAccessLogFormat(c.Log.Access); err != nil {
+		return fmt.Errorf("--access-log-format: %w", err)
 	}
 	if d := time.Duration(c.CertificateLifetime); d < 5*time.Minute || d > 7*24*time.Hour {
 		return fmt.Errorf("--certificate-lifetime %v: want 5m to 168h", d)

@@ -27,7 +27,7 @@ func (d *daemon) wireProxies(context.Context) error {
 	resolver := &gateways.Resolver{Log: d.log.With("component", "gateways")}
 	var stale staleness
 	d.pipeline = xdsserver.NewPipeline(xdsserver.PipelineConfig{
-		Generators: generators(), Log: d.log.With("component", "xds"),
+		Generators: generators(d.config.Log.Access), Log: d.log.With("component", "xds"),
 		Prepare: func(s *federation.Snapshot) *federation.Snapshot { return stale.judge(resolver.Resolve(s)) },
 	})
 	resolver.Changed = d.pipeline.Refresh
@@ -59,12 +59,12 @@ func (d *daemon) wireProxies(context.Context) error {
 }
 
 // generators make resources by the role of a proxy; this is where gateways meet sidecars.
-func generators() map[federation.ProxyRole]func(xdsserver.Weigh) xdsserver.Generator {
-	sidecar := func(w xdsserver.Weigh) xdsserver.Generator { return &xds.Builder{Weigh: w} }
+func generators(logFormat string) map[federation.ProxyRole]func(xdsserver.Weigh) xdsserver.Generator {
+	sidecar := func(w xdsserver.Weigh) xdsserver.Generator { return &xds.Builder{Weigh: w, LogFormat: logFormat} }
 	return map[federation.ProxyRole]func(xdsserver.Weigh) xdsserver.Generator{
 		federation.Sidecar:     sidecar,
 		federation.VMRole:      sidecar,
-		federation.GatewayRole: func(xdsserver.Weigh) xdsserver.Generator { return &gateways.Builder{} },
+		federation.GatewayRole: func(xdsserver.Weigh) xdsserver.Generator { return &gateways.Builder{LogFormat: logFormat} },
 	}
 }
 
