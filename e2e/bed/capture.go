@@ -101,8 +101,8 @@ func (c *Capture) Contains(marker []byte) (bool, error) {
 	return bytes.Contains(content, marker), nil
 }
 
-// Text returns the packets so far as tcpdump prints them, one line each.
+// Text returns the packets so far as tcpdump prints them, each with what in it is readable.
 func (c *Capture) Text(ctx context.Context) (string, error) {
-	output, err := c.process.in.Run(ctx, Command{Name: "tcpdump-read", Path: "tcpdump", Args: append([]string{"-nn", "-r", c.file, "-Z", "root"}, c.filter...)})
+	output, err := c.process.in.Run(ctx, Command{Name: "tcpdump-read", Path: "tcpdump", Args: append([]string{"-nn", "-A", "-r", c.file, "-Z", "root"}, c.filter...)})
 	return string(output), err
 }

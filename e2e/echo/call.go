@@ -30,9 +30,11 @@ type caller struct {
 	every       time.Duration
 	host        string
 	headers     []string
+	halfClose   bool // over TCP: end the own half before anything is read
 	fresh       bool // a new connection for each HTTP request
 	body        string
 	json        bool
+	changes     bool   // print when somebody else answers, or nobody
 	want        string // cluster that must have answered; "" is any
 	untilEOF    bool   // stop when standard input ends
 }
@@ -77,8 +79,10 @@ The exit code is 1 if a call failed or, with --want, came from another cluster.`
 	f.StringVar(&c.host, "host", "", "Host header")
 	f.StringArrayVarP(&c.headers, "header", "H", nil, `header "name: value"`)
 	f.BoolVar(&c.fresh, "fresh", false, "a new connection for each request")
+	f.BoolVar(&c.halfClose, "half-close", false, "tcp: close the own half before reading; all that was sent must be answered, and its end")
 	f.StringVar(&c.body, "body", "hello", "what to send")
 	f.BoolVar(&c.json, "json", false, "print every answer")
+	f.BoolVar(&c.changes, "changes", false, "print a line, with its time, when another pod answers than before, or none")
 	f.BoolVar(&c.untilEOF, "until-eof", false, "stop when standard input ends")
 	f.StringVar(&c.want, "want", "", "cluster that must answer")
 	return cmd
@@ -126,7 +130,7 @@ func (c *caller) run(ctx context.Context, out io.Writer) error {
 			cancel()
 		}()
 	}
-	r := &report{print: c.json, out: out}
+	r := &report{print: c.json, changes: c.changes, out: out}
 	var err error
 	if c.hold > 0 {
 		err = c.holdOpen(ctx, r)
@@ -265,6 +269,9 @@ func (o onceEach) call(ctx context.Context) (Answer, error) {
 		return Answer{}, err
 	}
 	defer h.Close()
+	if lines, ok := h.(*heldLines); ok && o.c.halfClose {
+		return lines.sayAllAndEnd(ctx, o.c.body)
+	}
 	return h.say(ctx, o.c.body)
 }
 

@@ -213,6 +213,39 @@ func (h *heldLines) say(ctx context.Context, message string) (Answer, error) {
 	return h.read()
 }
 
+// sayAllAndEnd sends many lines and the end of its half before it reads anything; then
+// every line must be answered, and the end, and then the other half ends too.
+func (h *heldLines) sayAllAndEnd(ctx context.Context, message string) (Answer, error) {
+	half, ok := h.conn.(*net.TCPConn)
+	if !ok {
+		return Answer{}, errors.New("only plain TCP can be closed by halves")
+	}
+	deadline, _ := ctx.Deadline()
+	const lines = 100
+	if err := errors.Join(h.conn.SetDeadline(deadline), writeLines(half, message, lines), half.CloseWrite()); err != nil {
+		return Answer{}, err
+	}
+	for i := range lines {
+		if a, err := h.read(); err != nil || a.Body != message {
+			return a, fmt.Errorf("answer %d of %d after the end: %q, %w", i+1, lines, a.Body, err)
+		}
+	}
+	last, err := h.read()
+	if err != nil || last.Body != "EOF" {
+		return last, fmt.Errorf("the answer to the end: %q, %w", last.Body, err)
+	}
+	if more, err := h.lines.ReadByte(); err != io.EOF {
+		return last, fmt.Errorf("after the last answer came %q, %w; want the end", more, err)
+	}
+	last.Body = message
+	return last, nil
+}
+
+func writeLines(to io.Writer, line string, n int) error {
+	_, err := io.WriteString(to, strings.Repeat(line+"\n", n))
+	return err
+}
+
 func (h *heldLines) read() (Answer, error) {
 	b, err := h.lines.ReadBytes('\n')
 	if err != nil {

@@ -14,8 +14,8 @@ import (
 
 // report is what a series of calls came to.
 type report struct {
-	print bool
-	out   io.Writer
+	print, changes bool
+	out            io.Writer
 
 	mu        sync.Mutex
 	answered  int
@@ -26,6 +26,7 @@ type report struct {
 	first     time.Time // when the first call failed
 	last      time.Time
 	latencies []time.Duration
+	answerer  string // of the last call
 }
 
 func (r *report) add(a Answer, err error, start time.Time) {
@@ -34,6 +35,7 @@ func (r *report) add(a Answer, err error, start time.Time) {
 	if r.clusters == nil {
 		r.clusters, r.pods, r.errors = map[string]int{}, map[string]int{}, map[string]int{}
 	}
+	r.tellChange(a, err)
 	if err != nil {
 		r.failed++
 		r.errors[err.Error()]++
@@ -50,6 +52,18 @@ func (r *report) add(a Answer, err error, start time.Time) {
 	if r.print {
 		r.out.Write(a.line())
 	}
+}
+
+// tellChange prints who answers from now on: cluster/pod, or nobody.
+func (r *report) tellChange(a Answer, err error) {
+	now := a.Cluster + "/" + a.Pod
+	if err != nil {
+		now = "nobody"
+	}
+	if r.changes && now != r.answerer {
+		fmt.Fprintf(r.out, "%s %s\n", time.Now().Format(time.RFC3339Nano), now)
+	}
+	r.answerer = now
 }
 
 // summarise prints what a person wants to know, in lines that scripts can match.

@@ -1,0 +1,208 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package stage
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"time"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	discoveryv1 "k8s.io/api/discovery/v1"
+)
+
+// Answerer is who answers a service, from a moment on.
+type Answerer struct {
+	Since time.Time
+	Name  string // "cluster/pod", or "nobody"
+}
+
+// Observer calls a service without pause and tells when somebody else answers.
+type Observer struct {
+	// Changes end when the observer does.
+	Changes <-chan Answerer
+
+	stdin io.Closer
+	done  chan error
+}
+
+// Observe starts calling, rate times a second, from the first pod of a workload.
+func (s *Stage) Observe(ctx context.Context, cluster, workload, url string, rate int) (*Observer, error) {
+	c, pod, err := s.callerPod(ctx, cluster, workload)
+	if err != nil {
+		return nil, err
+	}
+	stdin, order := io.Pipe()
+	lines, stdout := io.Pipe()
+	changes := make(chan Answerer, 100)
+	o := &Observer{Changes: changes, stdin: order, done: make(chan error, 1)}
+	command := []string{"echo", "call", url, "--changes", "--until-eof", "--count", "0", "--duration", "10m", "--rate", fmt.Sprint(rate)}
+	ctx = context.WithoutCancel(ctx)
+	go func() {
+		var errs bytes.Buffer
+		err := c.nodes.exec(ctx, pod, "app", command, stdin, stdout, &errs)
+		stdout.Close()
+		o.done <- err
+	}()
+	go func() {
+		defer close(changes)
+		for text := bufio.NewScanner(lines); text.Scan(); {
+			at, name, _ := strings.Cut(text.Text(), " ")
+			if since, err := time.Parse(time.RFC3339Nano, at); err == nil {
+				changes <- Answerer{since, name}
+			}
+		}
+		_, _ = io.Copy(io.Discard, lines)
+	}()
+	return o, nil
+}
+
+// Until waits for an answerer whose name has a prefix.
+func (o *Observer) Until(ctx context.Context, prefix string) (Answerer, error) {
+	ctx, cancel := context.WithTimeout(ctx, Patience)
+	defer cancel()
+	last := "nobody yet"
+	for {
+		select {
+		case a, open := <-o.Changes:
+			if !open {
+				return a, fmt.Errorf("the calls ended; the last answer came from %s", last)
+			}
+			if strings.HasPrefix(a.Name, prefix) {
+				return a, nil
+			}
+			last = a.Name
+		case <-ctx.Done():
+			return Answerer{}, fmt.Errorf("want an answer from %s within %v; the last came from %s", prefix, Patience, last)
+		}
+	}
+}
+
+// Close ends the calls.
+func (o *Observer) Close() {
+	o.stdin.Close()
+	for range o.Changes {
+	}
+	<-o.done // failed calls are what an observer is for
+}
+
+// Delay is how long one change of an endpoint took.
+type Delay struct {
+	// Mesh is from the moment at which the cluster's own EndpointSlice had the change to the
+	// first call that went the new way; All is from the request that caused it.
+	Mesh, All time.Duration
+}
+
+// MeasureChanges takes the pod of a workload out of the service before it and puts it back,
+// n times together, by a label that the service selects; the cluster's controllers do the
+// rest. It returns the delays of coming and of going.
+func (s *Stage) MeasureChanges(ctx context.Context, o *Observer, cluster, workload string, n int) (come, gone []Delay, err error) {
+	c, err := s.cluster(cluster)
+	if err != nil {
+		return nil, nil, err
+	}
+	namespace, name, _ := strings.Cut(workload, "/")
+	pods, err := s.Pods(ctx, cluster, workload)
+	if err != nil || len(pods) != 1 {
+		return nil, nil, fmt.Errorf("%s in %s has %d pods, want 1: %w", workload, cluster, len(pods), err)
+	}
+	endpoints, err := watchEndpoints(ctx, c, namespace, name)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer endpoints.stop()
+	for i := range n {
+		in := i%2 == 1 // it is there at first
+		wait, value := "nobody", "no"
+		if in {
+			wait, value = cluster+"/", "yes"
+		}
+		patch := fmt.Sprintf(`{"metadata":{"labels":{"in":%q}}}`, value)
+		began := time.Now()
+		if _, err := c.Client().CoreV1().Pods(namespace).Patch(ctx, pods[0].Name, types.MergePatchType, []byte(patch), metav1.PatchOptions{}); err != nil {
+			return come, gone, err
+		}
+		written, err := endpoints.until(ctx, in)
+		if err != nil {
+			return come, gone, err
+		}
+		a, err := o.Until(ctx, wait)
+		if err != nil {
+			return come, gone, fmt.Errorf("change %d of %s in %s: %w", i+1, workload, cluster, err)
+		}
+		d := Delay{Mesh: a.Since.Sub(written), All: a.Since.Sub(began)}
+		if in {
+			come = append(come, d)
+		} else {
+			gone = append(gone, d)
+		}
+	}
+	return come, gone, nil
+}
+
+// endpointWatch tells when a service has endpoints and when not.
+type endpointWatch struct {
+	events <-chan presence
+	stop   context.CancelFunc
+}
+
+type presence struct {
+	at  time.Time
+	any bool
+}
+
+func watchEndpoints(ctx context.Context, c *Cluster, namespace, service string) (endpointWatch, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	w, err := c.Client().DiscoveryV1().EndpointSlices(namespace).Watch(ctx, metav1.ListOptions{
+		LabelSelector: discoveryv1.LabelServiceName + "=" + service,
+	})
+	if err != nil {
+		cancel()
+		return endpointWatch{}, err
+	}
+	events := make(chan presence, 100)
+	go func() {
+		defer close(events)
+		defer w.Stop()
+		for e := range w.ResultChan() {
+			slice, ok := e.Object.(*discoveryv1.EndpointSlice)
+			if !ok {
+				continue
+			}
+			ready := slices.ContainsFunc(slice.Endpoints, func(e discoveryv1.Endpoint) bool {
+				return e.Conditions.Ready == nil || *e.Conditions.Ready
+			})
+			select {
+			case events <- presence{time.Now(), ready}:
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	return endpointWatch{events, cancel}, nil
+}
+
+func (w endpointWatch) until(ctx context.Context, any bool) (time.Time, error) {
+	ctx, cancel := context.WithTimeout(ctx, Patience)
+	defer cancel()
+	for {
+		select {
+		case p, open := <-w.events:
+			if !open {
+				return time.Time{}, fmt.Errorf("the watch of EndpointSlices ended")
+			}
+			if p.any == any {
+				return p.at, nil
+			}
+		case <-ctx.Done():
+			return time.Time{}, fmt.Errorf("the EndpointSlice did not follow within %v", Patience)
+		}
+	}
+}
