@@ -18,7 +18,6 @@ import (
 type shop struct {
 	*stage.Stage
 	teller *teller
-	pods   []string // of the catalogue in east
 }
 
 func (s *shop) clusters(ctx context.Context) error {

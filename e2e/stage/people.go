@@ -157,7 +157,7 @@ func (c *Cluster) staticToken(ctx context.Context, namespace, name string, expir
 	_, err = Until(ctx, Patience, func() error {
 		s, err := secrets.Get(ctx, secret, metav1.GetOptions{})
 		if err == nil && len(s.Data[corev1.ServiceAccountTokenKey]) == 0 {
-			err = fmt.Errorf("Secret %s has no token yet", secret)
+			err = fmt.Errorf("secret %s has no token yet", secret)
 		}
 		if err == nil {
 			token = string(s.Data[corev1.ServiceAccountTokenKey])
