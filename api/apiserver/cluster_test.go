@@ -141,6 +141,12 @@ func TestARebuiltClusterTakesItsPlace(t *testing.T) {
 	registrytest.Eventually(t, w.store, "only the new cluster", func(s *federation.Snapshot) bool {
 		return len(s.Clusters) == 1 && s.Clusters["uid-new"] != nil
 	})
+	if err := w.ca.Authority.Revoked("kube:uid-old", "some-pod"); !errors.Is(err, ca.ErrRevoked) {
+		t.Errorf("the cluster that was replaced still gets certificates (%v)", err)
+	}
+	if err := w.ca.Authority.Revoked("kube:uid-new", "some-pod"); err != nil {
+		t.Error(err)
+	}
 }
 
 func TestAJoinHearsAtOnceWhatIsOdd(t *testing.T) {

@@ -70,15 +70,41 @@ func (s *Server) join(ctx context.Context, m *registry.Member, req *api.Register
 	if err := s.record(ctx, "register-cluster", m.Name+" on network "+string(m.Network), ca.Source(m.Source())); err != nil {
 		return "", err
 	}
+	replaced := predecessor(m, s.cfg.Store.Members())
 	outcome, err := s.cfg.Store.Join(ctx, m, credentials, req.GetReplace())
 	if err != nil {
 		return "", explain(err)
+	}
+	if replaced != nil {
+		if err := s.cutOff(ctx, replaced, "cluster "+m.Name+" was replaced"); err != nil {
+			return "", explain(fmt.Errorf("registered, but the identities of the cluster it replaces are not revoked: %w", err))
+		}
 	}
 	// A cluster that left and comes back was cut off meanwhile.
 	if err := s.cfg.Authority.Reinstate(ctx, ca.Source(m.Source()), "", "joined"); err != nil {
 		return "", explain(fmt.Errorf("registered, but its identities are still revoked; run the join again: %w", err))
 	}
 	return outcome, nil
+}
+
+// predecessor is the other cluster that has m's name, and whose place m takes; nil if none.
+func predecessor(m *registry.Member, members map[federation.ClusterID]*registry.Member) *registry.Member {
+	for _, other := range members {
+		if other.Name == m.Name && other.ID != m.ID {
+			return other
+		}
+	}
+	return nil
+}
+
+// cutOff ends what a cluster that is no member any more could still do: its identities are
+// neither issued nor renewed, and its streams are closed.
+func (s *Server) cutOff(ctx context.Context, m *registry.Member, reason string) error {
+	if err := s.cfg.Authority.Revoke(ctx, ca.Source(m.Source()), "", reason); err != nil {
+		return err
+	}
+	s.disconnect(m.Source(), "")
+	return nil
 }
 
 // credentialsFor takes the credentials of the request, or keeps those meshd has.
@@ -220,10 +246,8 @@ func outcomeOf(m, before *registry.Member, members map[federation.ClusterID]*reg
 		}
 		return string(registry.Updated)
 	}
-	for _, other := range members {
-		if other.Name == m.Name {
-			return string(registry.Replaced)
-		}
+	if predecessor(m, members) != nil {
+		return string(registry.Replaced)
 	}
 	return string(registry.Created)
 }

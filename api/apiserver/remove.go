@@ -159,14 +159,18 @@ func (d *departure) drain(ctx context.Context) error {
 	return d.tell("drain", "done", "connections had %s to end", pause)
 }
 
-// remove ends the membership: registry first, so that nothing of the cluster
-// comes back, then its identities and streams.
+// remove ends the membership: identities first, then the registry, and the streams
+// at last, so that nothing of the cluster comes back.
 func (d *departure) remove(ctx context.Context) error {
 	if err := d.tell("remove", "running", "removing %s", d.m.Name); err != nil {
 		return err
 	}
 	snapshot, _ := d.cfg.Store.Snapshot()
 	t := tallies(snapshot)[d.m.Source()]
+	// While it is still a member, so that the command can be run again if this fails.
+	if err := d.cfg.Authority.Revoke(ctx, ca.Source(d.m.Source()), "", "cluster "+d.m.Name+" has left"); err != nil {
+		return fmt.Errorf("nothing is removed, since its identities could not be revoked; run the command again: %w", err)
+	}
 	if err := d.cfg.Store.Leave(ctx, d.m.ID); err != nil && !errors.Is(err, registry.ErrNotFound) {
 		return err
 	}
@@ -177,9 +181,6 @@ func (d *departure) remove(ctx context.Context) error {
 	}
 	if err := d.tell("revoke", "running", "revoking the identities of %s", d.m.Name); err != nil {
 		return err
-	}
-	if err := d.cfg.Authority.Revoke(ctx, ca.Source(d.m.Source()), "", "cluster "+d.m.Name+" has left"); err != nil {
-		return fmt.Errorf("removed, but its identities are not revoked; run the command again: %w", err)
 	}
 	closed := d.disconnect(d.m.Source(), "")
 	return d.tell("revoke", "done", "identities revoked, %s closed", plural(closed, "stream", "streams"))
