@@ -6,6 +6,9 @@ import (
 	"context"
 	"fmt"
 	"strconv"
+	"strings"
+	"syscall"
+	"time"
 
 	"github.com/isthmus-mesh/isthmus/e2e/stage"
 )
@@ -16,11 +19,13 @@ import (
 //	remote-secret CLUSTER FILE [expired]       what istioctl create-remote-secret prints
 //	interrupt TEXT ARG… [code=N]               mesh ARG…, and Ctrl-C once it has printed TEXT
 //	crowd CLUSTER NS/NAME n=N                  a Service whose N endpoints are written by hand
+//	known CLUSTER as=NAME                      the cluster's name in the mesh is another one
+//	denied CLUSTER NS/APP                      its first pod's agent asks for a certificate and is turned away
 //	crds CLUSTER                               the kinds of Istio
 //	bloat CLUSTER NS/NAME ANNOTATION n=BYTES   a very long annotation of a Service
 var hostileWords = map[string]word{
 	"person": wordPerson, "remote-secret": wordRemoteSecret, "interrupt": wordInterrupt, "crowd": wordCrowd, "bloat": wordBloat,
-	"crds": wordCRDs,
+	"crds": wordCRDs, "known": wordKnown, "denied": wordDenied,
 }
 
 func wordPerson(ctx context.Context, s *scene) error {
@@ -50,6 +55,48 @@ func wordInterrupt(ctx context.Context, s *scene) error {
 	if want := first(s.opts["code"], "130"); err == nil && want != strconv.Itoa(r.Code) {
 		err = fmt.Errorf("exit code %d, want %s\n%s", r.Code, want, s.out)
 	}
+	return err
+}
+
+func wordKnown(_ context.Context, s *scene) error {
+	args, _, err := s.need(1)
+	if err != nil {
+		return err
+	}
+	c, err := s.ClusterNamed(args[0])
+	if err == nil {
+		c.KnownAs(s.opts["as"])
+	}
+	return err
+}
+
+// wordDenied makes an agent renew its certificate, and reads in its log what became of it.
+func wordDenied(ctx context.Context, s *scene) error {
+	args, _, err := s.need(2)
+	if err != nil {
+		return err
+	}
+	pod, err := s.FirstPod(ctx, args[0], args[1])
+	if err != nil {
+		return err
+	}
+	asked := time.Now()
+	if err := s.Signal(args[0], pod, stage.ProxyContainer, syscall.SIGHUP); err != nil {
+		return err
+	}
+	namespace, name, _ := strings.Cut(pod, "/")
+	_, err = stage.Until(ctx, stage.Patience, func() error {
+		since := "--since-time=" + asked.Add(-time.Second).UTC().Format(time.RFC3339)
+		r, err := s.Kubectl(ctx, args[0], nil, "logs", "-n", namespace, name, "-c", stage.ProxyContainer, since)
+		if err != nil {
+			return err
+		}
+		s.out = r.Stdout + r.Stderr
+		if !strings.Contains(r.Stdout, "PermissionDenied") {
+			return fmt.Errorf("the agent says nothing of a refusal:\n%s", s.out)
+		}
+		return nil
+	})
 	return err
 }
 

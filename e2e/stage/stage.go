@@ -183,7 +183,7 @@ func (s *Stage) Apply(ctx context.Context, cluster, manifests string, inject boo
 		if err != nil {
 			return err
 		}
-		r, err := s.Run(ctx, strings.NewReader(manifests), s.programs.Path("mesh"), "inject", "--cluster", c.name, "-f", "-")
+		r, err := s.Run(ctx, strings.NewReader(manifests), s.programs.Path("mesh"), "inject", "--cluster", c.inMesh(), "-f", "-")
 		if err != nil {
 			return err
 		}
