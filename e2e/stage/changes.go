@@ -101,7 +101,7 @@ type Delay struct {
 }
 
 // MeasureChanges takes the pod of a workload out of the service before it and puts it back,
-// n times together, by a label that the service selects; the cluster's controllers do the
+// n times together, by the label version=in that the service selects; the cluster's controllers do the
 // rest. It returns the delays of coming and of going.
 func (s *Stage) MeasureChanges(ctx context.Context, o *Observer, cluster, workload string, n int) (come, gone []Delay, err error) {
 	c, err := s.cluster(cluster)
@@ -120,11 +120,11 @@ func (s *Stage) MeasureChanges(ctx context.Context, o *Observer, cluster, worklo
 	defer endpoints.stop()
 	for i := range n {
 		in := i%2 == 1 // it is there at first
-		wait, value := "nobody", "no"
+		wait, value := "nobody", "out"
 		if in {
-			wait, value = cluster+"/", "yes"
+			wait, value = cluster+"/", "in"
 		}
-		patch := fmt.Sprintf(`{"metadata":{"labels":{"in":%q}}}`, value)
+		patch := fmt.Sprintf(`{"metadata":{"labels":{"version":%q}}}`, value)
 		began := time.Now()
 		if _, err := c.Client().CoreV1().Pods(namespace).Patch(ctx, pods[0].Name, types.MergePatchType, []byte(patch), metav1.PatchOptions{}); err != nil {
 			return come, gone, err
