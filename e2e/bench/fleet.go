@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"hash/fnv"
 	"net"
 	"net/netip"
 	"strings"
@@ -20,8 +21,8 @@ import (
 	discoveryv1 "k8s.io/api/discovery/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime/serializer/protobuf"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/intstr"
-	"k8s.io/apimachinery/pkg/util/uuid"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/kubernetes/scheme"
 	"k8s.io/client-go/rest"
@@ -35,6 +36,7 @@ type fleet struct {
 	prefix    string // of the services' names
 	services  int
 	endpoints int // of each
+	sliced    int // how many of them are in the slice already; 0 means all
 }
 
 // The shape of a fleet.
@@ -47,6 +49,16 @@ const (
 
 func (f fleet) namespace(service int) string { return fmt.Sprintf("team-%d", service%fleetNamespaces) }
 func (f fleet) name(service int) string      { return fmt.Sprintf("%s-%d", f.prefix, service) }
+
+func (f fleet) podName(service, endpoint int) string {
+	return fmt.Sprintf("%s-7d9f8c6b5-%05d", f.name(service), endpoint)
+}
+
+func (f fleet) uid(service, endpoint int) types.UID {
+	h := fnv.New32a()
+	h.Write([]byte(f.prefix))
+	return types.UID(fmt.Sprintf("%08x-0000-4000-8000-%012x", h.Sum32(), service*f.endpoints+endpoint))
+}
 
 // address of a pod, in a range that the network's own pods do not use.
 func (f fleet) address(service, endpoint int) netip.Addr {
@@ -142,12 +154,9 @@ func (f fleet) fillService(ctx context.Context, client kubernetes.Interface, etc
 		if _, err := etcd.Put(ctx, "/registry/pods/"+namespace+"/"+pod.Name, value); err != nil {
 			return err
 		}
-		slice.Endpoints = append(slice.Endpoints, discoveryv1.Endpoint{
-			Addresses:  []string{f.address(i, e).String()},
-			Conditions: discoveryv1.EndpointConditions{Ready: new(true), Serving: new(true), Terminating: new(false)},
-			TargetRef:  &corev1.ObjectReference{Kind: "Pod", Namespace: namespace, Name: pod.Name, UID: pod.UID},
-			NodeName:   new(fleetNode), Zone: new("eu-1"),
-		})
+		if f.sliced == 0 || e < f.sliced {
+			slice.Endpoints = append(slice.Endpoints, f.endpoint(i, e))
+		}
 	}
 	_, err := client.DiscoveryV1().EndpointSlices(namespace).Create(ctx, slice, metav1.CreateOptions{})
 	return err
@@ -159,8 +168,8 @@ func (f fleet) pod(i, e int) *corev1.Pod {
 	return &corev1.Pod{
 		TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "Pod"},
 		ObjectMeta: metav1.ObjectMeta{
-			Name: fmt.Sprintf("%s-7d9f8c6b5-%05d", name, e), Namespace: f.namespace(i),
-			UID: uuid.NewUUID(), CreationTimestamp: metav1.Now(),
+			Name: f.podName(i, e), Namespace: f.namespace(i),
+			UID: f.uid(i, e), CreationTimestamp: metav1.Now(),
 			Labels: map[string]string{"app": name, "version": "v1", "pod-template-hash": "7d9f8c6b5", "isthmus-mesh.io/proxy": "sidecar"},
 		},
 		Spec: corev1.PodSpec{
@@ -171,6 +180,16 @@ func (f fleet) pod(i, e int) *corev1.Pod {
 			Phase: corev1.PodRunning, PodIP: address, PodIPs: []corev1.PodIP{{IP: address}},
 			Conditions: []corev1.PodCondition{{Type: corev1.PodReady, Status: corev1.ConditionTrue}},
 		},
+	}
+}
+
+// endpoint is a pod as a slice has it.
+func (f fleet) endpoint(i, e int) discoveryv1.Endpoint {
+	return discoveryv1.Endpoint{
+		Addresses:  []string{f.address(i, e).String()},
+		Conditions: discoveryv1.EndpointConditions{Ready: new(true), Serving: new(true), Terminating: new(false)},
+		TargetRef:  &corev1.ObjectReference{Kind: "Pod", Namespace: f.namespace(i), Name: f.podName(i, e), UID: f.uid(i, e)},
+		NodeName:   new(fleetNode), Zone: new("eu-1"),
 	}
 }
 
@@ -248,14 +267,34 @@ func playFleet(ctx context.Context, b *bench) error {
 			return err
 		}
 		b.say("with the fleet: %+v", full)
+		if err := b.viewer(ctx, s, east); err != nil {
+			return err
+		}
+		viewed, err := measure(ctx, hub)
+		if err != nil {
+			return err
+		}
+		b.say("with a proxy that sees it: %+v", viewed)
 		b.report("memory-1000x10-mib", full.resident-empty.resident,
-			"resident set of meshd with its embedded etcd: %.0f MiB, %.0f when empty, %.0f at its peak; live heap %.0f MiB, %.0f when empty; services read from a real API server, no proxies",
-			full.resident, empty.resident, full.peak, full.heap, empty.heap)
+			"resident set of meshd with its embedded etcd: %.0f MiB, %.0f when empty, %.0f at its peak; live heap %.0f MiB, %.0f when empty; services read from a real API server, no proxies; with one sidecar that sees all of them %.0f MiB, live heap %.0f",
+			full.resident, empty.resident, full.peak, full.heap, empty.heap, viewed.resident, viewed.heap)
 		if err := b.changes(ctx, hub, look, east, f); err != nil {
 			return err
 		}
 		return b.restarts(ctx, hub, east, f)
 	})
+}
+
+// viewer runs a pod whose proxy is sent everything. Its cluster's controllers run for as
+// long as that takes.
+func (b *bench) viewer(ctx context.Context, s *stage.Stage, c *stage.Cluster) error {
+	if err := c.ControllerManager.Start(); err != nil {
+		return err
+	}
+	if err := s.Deploy(ctx, c.Name(), stage.Workload{Namespace: "bench", Name: "viewer", Inject: true}); err != nil {
+		return err
+	}
+	return c.ControllerManager.Kill()
 }
 
 // changes measures what one endpoint's change costs etcd.
