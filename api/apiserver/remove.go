@@ -167,6 +167,12 @@ func (d *departure) remove(ctx context.Context) error {
 	}
 	snapshot, _ := d.cfg.Store.Snapshot()
 	t := tallies(snapshot)[d.m.Source()]
+	streams := 0
+	for _, p := range d.proxies(ctx) {
+		if p.GetCluster() == d.m.Name {
+			streams++
+		}
+	}
 	// While it is still a member, so that the command can be run again if this fails.
 	if err := d.cfg.Authority.Revoke(ctx, ca.Source(d.m.Source()), "", "cluster "+d.m.Name+" has left"); err != nil {
 		return fmt.Errorf("nothing is removed, since its identities could not be revoked; run the command again: %w", err)
@@ -182,8 +188,9 @@ func (d *departure) remove(ctx context.Context) error {
 	if err := d.tell("revoke", "running", "revoking the identities of %s", d.m.Name); err != nil {
 		return err
 	}
-	closed := d.disconnect(d.m.Source(), "")
-	return d.tell("revoke", "done", "identities revoked, %s closed", plural(closed, "stream", "streams"))
+	// Every replica ends its streams as soon as it hears of the revocation, this one too.
+	d.disconnect(d.m.Source(), "")
+	return d.tell("revoke", "done", "identities revoked, %s closed", plural(streams, "stream", "streams"))
 }
 
 // disconnect ends streams at this replica at once. The others see the revocation
