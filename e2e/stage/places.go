@@ -105,7 +105,8 @@ type Doors struct {
 // the stage.
 func (s *Stage) OpenDoors(ctx context.Context, cluster, workload string, port uint16) (Doors, error) {
 	var d Doors
-	dir, err := os.MkdirTemp("", "isthmus-demo-")
+	// Not the bed's own folder for temporary files, which nobody outside can see.
+	dir, err := os.MkdirTemp("/tmp", "isthmus-demo-")
 	if err != nil {
 		return d, err
 	}
