@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -16,6 +17,7 @@ import (
 	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"github.com/isthmus-mesh/isthmus/e2e/bed"
 	"github.com/isthmus-mesh/isthmus/e2e/stage"
 	"github.com/isthmus-mesh/isthmus/registry/kube"
 )
@@ -25,10 +27,12 @@ import (
 //	assignment CLUSTER NS/APP HOST     what the Envoy was told of a service's endpoints, every byte
 //	restart-proxy CLUSTER NS/APP       its first pod's agent and Envoy are killed; until they are back
 //	forbid, allow CLUSTER RESOURCE     what meshd's account may read of a kind in a member
+//	follow NAME CLUSTER ARG…           kubectl logs --follow of what runs now, in the background
+//	followed NAME                      waits until those have ended, and prints what they logged
 //	renew CLUSTER NS/APP               its first pod's agent renews its certificate
 var outageWords = map[string]word{
 	"assignment": wordAssignment, "restart-proxy": wordRestartProxy, "renew": wordRenew,
-	"forbid": wordForbid, "allow": wordForbid,
+	"forbid": wordForbid, "allow": wordForbid, "follow": wordFollow, "followed": wordFollowed,
 }
 
 // wordAssignment prints the load assignments of a host as Envoy holds them, in an order
@@ -200,4 +204,45 @@ func (s *scene) serial(ctx context.Context, cluster, pod string) (string, error)
 		}
 	}
 	return "", fmt.Errorf("Envoy in %s shows no certificate", pod)
+}
+
+// follow is kubectl logs in the background.
+type follow struct {
+	process *bed.Process
+	out     *bytes.Buffer // once the process is done
+}
+
+func wordFollow(_ context.Context, s *scene) error {
+	args, rest, err := s.need(2)
+	if err != nil {
+		return err
+	}
+	f := &follow{out: new(bytes.Buffer)}
+	f.process, err = s.Laptop.Start(bed.Command{
+		Name: "follow-" + args[0], Path: s.World.Binaries().Kubectl, Stdout: f.out, Stderr: f.out,
+		Args: append([]string{"--context", args[1], "logs", "--follow", "--prefix"}, rest...),
+	})
+	if s.follows == nil {
+		s.follows = map[string]*follow{}
+	}
+	s.follows[args[0]] = f
+	return err
+}
+
+func wordFollowed(_ context.Context, s *scene) error {
+	args, _, err := s.need(1)
+	if err != nil {
+		return err
+	}
+	f, ok := s.follows[args[0]]
+	if !ok {
+		return fmt.Errorf("nothing is followed as %q", args[0])
+	}
+	select {
+	case <-f.process.Done():
+	case <-time.After(2 * stage.Patience):
+		return fmt.Errorf("what is followed as %s has not ended", args[0])
+	}
+	s.out = f.out.String()
+	return f.process.Err()
 }

@@ -26,6 +26,7 @@ type play struct {
 	loads   map[string]*stage.Load
 	capture *bed.Capture
 	etcd    *bed.Etcd
+	follows map[string]*follow
 }
 
 type key string
@@ -41,11 +42,12 @@ const stageKey = key("stage")
 //	mesh ARG… [code=N]                     anything else a person would type, and its exit code
 //	kubectl CLUSTER ARG…
 //	workload CLUSTER NS/NAME [port=NAME:N[:SPEAKS]]… [replicas=N] [headless] [statefulset] [inject=false] [export=false] [sa=A]
+//	     [version=V] [grace=DURATION: it serves on after SIGTERM]
 //	apply CLUSTER FILE [inject]
 //	call CLUSTER NS/APP URL [n=N] [want=CLUSTER] [some=CLUSTER] [FLAG…]
 //	eventually WORD…                       repeat a word until it succeeds
 //	share CLUSTER MIN MAX                  share of the last call's answers
-//	load start NAME CLUSTER NS/APP URL [rate=N] [FLAG…];  load stop NAME
+//	load start NAME CLUSTER NS/APP URL [rate=N] [FLAG…];  load stop NAME;  load cut NAME: it ended by itself, by a failure
 //	unready, ready CLUSTER NS/APP [pods=N] their processes go on answering
 //	crash, end, pause, resume, start WHAT  a meshd by name, or CLUSTER apiserver|etcd|controllers
 //	cut, heal A B                          packets between two of: cluster, network or meshd
@@ -245,6 +247,14 @@ func wordWorkload(ctx context.Context, s *scene) error {
 		w.Labels = map[string]string{"version": v}
 		w.Args = []string{"--version=" + v}
 	}
+	if grace, ok := s.opts["grace"]; ok {
+		serveOn, err := time.ParseDuration(grace)
+		if err != nil {
+			return fmt.Errorf("grace=%s: %w", grace, err)
+		}
+		w.Args = append(w.Args, "--grace="+grace)
+		w.Grace = int(serveOn.Seconds()) + 5
+	}
 	for _, p := range s.many["port"] {
 		port, err := stage.ParsePort(p)
 		if err != nil {
@@ -334,17 +344,26 @@ func wordLoad(ctx context.Context, s *scene) error {
 		}
 		s.loads[args[1]], err = s.Load(ctx, rest[0], rest[1], flags...)
 		return err
-	case "stop":
+	case "stop", "cut":
 		l, ok := s.loads[args[1]]
 		if !ok {
 			return fmt.Errorf("there is no load %q", args[1])
 		}
-		report, err := l.Stop()
+		end := l.Stop
+		if args[0] == "cut" {
+			end = l.Ended
+		}
+		report, err := end()
 		s.out = report.Text
 		s.ts.Logf("%s", report.Text)
+		if args[0] == "cut" && err == nil && report.Err == nil {
+			return errors.New("it ended without a failure")
+		} else if args[0] == "cut" {
+			return err
+		}
 		return errors.Join(err, report.Err)
 	}
-	return fmt.Errorf("load %s: want start or stop", args[0])
+	return fmt.Errorf("load %s: want start, stop or cut", args[0])
 }
 
 // wordEventually repeats another word until it succeeds (with ! before it: until it is

@@ -85,6 +85,18 @@ func (l *Load) Stop() (Report, error) {
 	return l.report, nil
 }
 
+// Ended waits until the calls end by themselves and returns what all came to.
+func (l *Load) Ended() (Report, error) {
+	select {
+	case <-l.done:
+	case <-time.After(Patience):
+		return Report{}, fmt.Errorf("calls have not ended after %v", Patience)
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.report, nil
+}
+
 // callerPod finds the first pod of a workload, and remembers it for when the API server
 // cannot be asked.
 func (s *Stage) callerPod(ctx context.Context, cluster, workload string) (*Cluster, string, error) {
