@@ -26,7 +26,7 @@ func BuildPrograms(ctx context.Context) (remove func(), err error) {
 	if os.Getenv(programsVar) != "" {
 		return func() {}, nil
 	}
-	dir, err := os.MkdirTemp("", "isthmus-programs-")
+	dir, err := os.MkdirTemp("", "programs-of-isthmus-")
 	if err != nil {
 		return nil, err
 	}
