@@ -197,7 +197,7 @@ func (d *daemon) drain() {
 	d.log.Info("draining", "delay", time.Duration(d.config.DrainDelay))
 	draining := errors.New("draining")
 	d.ready.add("draining", func() error { return draining })
-	time.Sleep(time.Duration(d.config.DrainDelay))
+	<-time.After(time.Duration(d.config.DrainDelay))
 	ctx, cancel := context.WithTimeout(context.Background(), drainDuration)
 	defer cancel()
 	if err := d.streams.Drain(ctx, drainDuration/2); err != nil {
