@@ -144,6 +144,11 @@ func (a *Authority) allowed(req Request) error {
 	if len(req.DNSNames)+len(req.Addresses) > 0 {
 		return fmt.Errorf("%w: %s gets no DNS names and addresses", ErrNotGranted, s.Source)
 	}
+	return a.Granted(s)
+}
+
+// Granted says whether the source of a workload may host its identity. The error wraps ErrNotGranted.
+func (a *Authority) Granted(s Subject) error {
 	if a.cfg.Grants == nil {
 		return fmt.Errorf("%w: no grants are configured", ErrNotGranted)
 	}

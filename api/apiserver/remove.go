@@ -193,13 +193,27 @@ func (d *departure) remove(ctx context.Context) error {
 	return d.tell("revoke", "done", "identities revoked, %s closed", plural(streams, "stream", "streams"))
 }
 
-// disconnect ends streams at this replica at once. The others see the revocation
-// and do the same.
-func (s *Server) disconnect(source federation.SourceID, instance string) int {
+// streams counts the open streams of an instance at this replica.
+func (s *Server) streams(source federation.SourceID, instance string) int {
 	if s.cfg.Proxies == nil {
 		return 0
 	}
-	return s.cfg.Proxies.Disconnect(func(p xds.Proxy) bool {
+	n := 0
+	for _, p := range s.cfg.Proxies.Proxies() {
+		if p.Proxy.Workload.Source == source && p.Proxy.Workload.UID == instance {
+			n++
+		}
+	}
+	return n
+}
+
+// disconnect ends streams at this replica at once. The others see the revocation
+// and do the same.
+func (s *Server) disconnect(source federation.SourceID, instance string) {
+	if s.cfg.Proxies == nil {
+		return
+	}
+	s.cfg.Proxies.Disconnect(func(p xds.Proxy) bool {
 		return p.Workload.Source == source && (instance == "" || p.Workload.UID == instance)
 	})
 }

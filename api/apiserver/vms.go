@@ -314,6 +314,7 @@ func (s *Server) OffboardVM(ctx context.Context, req *api.OffboardVMRequest) (*a
 	if err := s.record(ctx, "offboard-vm", vm.Key().String(), ca.Source(source)); err != nil {
 		return nil, err
 	}
+	open := s.streams(source, vm.Name) // before the revocation, at which they are closed too
 	// First what keeps it from coming back, then what it has.
 	if err := s.cfg.Authority.Revoke(ctx, ca.Source(source), vm.Name, "offboarded"); err != nil {
 		return nil, explain(err)
@@ -324,6 +325,6 @@ func (s *Server) OffboardVM(ctx context.Context, req *api.OffboardVMRequest) (*a
 	if err := s.cfg.Store.RemoveVM(ctx, vm.Key()); err != nil {
 		return nil, explain(err)
 	}
-	closed := s.disconnect(source, vm.Name)
-	return &api.OffboardVMResponse{Vm: vmOut(vm), StreamsClosed: int32(closed)}, nil
+	s.disconnect(source, vm.Name)
+	return &api.OffboardVMResponse{Vm: vmOut(vm), StreamsClosed: int32(open)}, nil
 }

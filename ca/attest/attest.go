@@ -281,6 +281,10 @@ func (a *Attestor) present(ctx context.Context, s ca.Subject) (Presence, error) 
 	if a.cfg.Workloads == nil {
 		return Known, nil
 	}
+	// The registry never hears of a workload outside the grant, so waiting for it is in vain.
+	if err := a.cfg.Authority.Granted(s); err != nil {
+		return Unknown, err
+	}
 	ctx, cancel := context.WithTimeout(ctx, a.cfg.Wait)
 	defer cancel()
 	if a.waiting.Add(1) > maxWaiting {

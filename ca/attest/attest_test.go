@@ -294,6 +294,27 @@ func TestPresenceDecides(t *testing.T) {
 	}
 }
 
+// A registry never hears of a workload outside the grant of its cluster, and nobody waits for it.
+func TestOutsideTheGrant(t *testing.T) {
+	t.Parallel()
+	cluster := catest.NewCluster(t, "c1")
+	a := attestor(t, attest.Config{
+		Authority: catest.New(t, func(c *ca.Config) {
+			c.Grants = ca.GrantFunc(func(_ ca.Source, namespace, _ string) error {
+				if namespace == "kube-system" {
+					return errors.New("namespace kube-system is not in the grant")
+				}
+				return nil
+			})
+		}).Authority,
+		Clusters: clusters{joined(cluster, "c1")}, Workloads: registry{}, Wait: time.Hour,
+	})
+	_, err := a.Authenticate(t.Context(), attest.Evidence{Bearer: cluster.Token(t, "kube-system", "intruder", "intruder-0", "uid-0")})
+	if !errors.Is(err, ca.ErrNotGranted) {
+		t.Errorf("Authenticate = %v, want ErrNotGranted", err)
+	}
+}
+
 // lateRegistry knows everybody from a moment on.
 type lateRegistry struct{ from time.Time }
 

@@ -102,7 +102,7 @@ func refusal(err error) error {
 	switch {
 	case errors.Is(err, attest.ErrUnknown), errors.Is(err, ca.ErrUnavailable):
 		return status.Error(codes.Unavailable, err.Error())
-	case errors.Is(err, attest.ErrGone), errors.Is(err, ca.ErrRevoked):
+	case errors.Is(err, attest.ErrGone), errors.Is(err, ca.ErrRevoked), errors.Is(err, ca.ErrNotGranted):
 		return status.Error(codes.PermissionDenied, err.Error())
 	}
 	return status.Error(codes.Unauthenticated, "credential not accepted")
