@@ -23,7 +23,7 @@ import (
 //	vmcall VM URL [n=N] [want=CLUSTER] [FLAG…]
 //	direct CLUSTER NS/APP CLUSTER NS/APP PORT   one GET to a pod's address, from a pod without a proxy
 //	certificate FILE CLUSTER NS/APP [name=URI]  what meshd gives for the token of a pod
-//	knock CLUSTER SNI [alpn=A,B] [cert=FILE]    a handshake with a gateway, and one page
+//	knock CLUSTER SNI [alpn=A,B] [cert=FILE] [by=callee]   a handshake with a gateway, and one page
 var machineWords = map[string]word{
 	"vm": wordVM, "serve": wordServe, "onboard": wordOnboard, "paste": wordPaste, "reboot": wordReboot, "vmcall": wordVMCall,
 	"direct": wordDirect, "certificate": wordCertificate, "knock": wordKnock,
@@ -146,8 +146,8 @@ func wordCertificate(ctx context.Context, s *scene) error {
 	return os.WriteFile(s.ts.MkAbs(args[0]), text, 0o600)
 }
 
-// wordKnock fails where it is refused. A try that could not be made ends the story, so
-// that it is not taken for a refusal.
+// wordKnock fails where it is refused by the gateway, or by whom by= names. A refusal by
+// anybody else, and a try that could not be made, end the story: neither proves anything.
 func wordKnock(ctx context.Context, s *scene) error {
 	args, _, err := s.need(2)
 	if err != nil {
@@ -160,8 +160,12 @@ func wordKnock(ctx context.Context, s *scene) error {
 	if cert, ok := s.opts["cert"]; ok {
 		k.Certificate = s.ts.MkAbs(cert)
 	}
+	refused := stage.ErrGateway
+	if s.opts["by"] == "callee" {
+		refused = stage.ErrCallee
+	}
 	s.out, err = s.Knock(ctx, args[0], k)
-	if err != nil && !errors.Is(err, stage.ErrRefused) {
+	if err != nil && !errors.Is(err, refused) {
 		s.ts.Fatalf("knock: %v", err)
 	}
 	return err

@@ -123,12 +123,15 @@ type Knock struct {
 	Certificate string // file with key and chain; "" shows none
 }
 
-// ErrRefused means that a gateway, or the workload behind it, closed the connection.
-var ErrRefused = errors.New("refused")
+// ErrGateway and ErrCallee say who closed the connection.
+var (
+	ErrGateway = errors.New("refused by the gateway")
+	ErrCallee  = errors.New("refused by the workload behind the gateway")
+)
 
 // Knock connects from the transit network to a cluster's gateway, and asks what answers
-// for one page by HTTP. A refusal is ErrRefused; any other error means that the try
-// itself went wrong.
+// for one page by HTTP. A refusal is ErrGateway or ErrCallee; any other error means that
+// the try itself went wrong.
 func (s *Stage) Knock(ctx context.Context, cluster string, k Knock) (string, error) {
 	c, err := s.cluster(cluster)
 	if err != nil {
@@ -146,20 +149,28 @@ func (s *Stage) Knock(ctx context.Context, cluster string, k Knock) (string, err
 	if err := conn.SetDeadline(time.Now().Add(5 * time.Second)); err != nil {
 		return "", err
 	}
-	text, err := k.ask(conn)
+	heard := &listener{Conn: conn}
+	text, err := k.ask(heard)
 	if timeout := net.Error(nil); errors.As(err, &timeout) && timeout.Timeout() {
 		return "", fmt.Errorf("%s: neither answered nor refused: %w", k.SNI, err)
 	}
-	if err != nil {
-		return "", fmt.Errorf("%s: %w: %w", k.SNI, ErrRefused, err)
+	switch {
+	case err == nil:
+		return text, nil
+	case !heard.any:
+		return "", fmt.Errorf("%s: %w: %w", k.SNI, ErrGateway, err)
 	}
-	return text, nil
+	return "", fmt.Errorf("%s: %w: %w", k.SNI, ErrCallee, err)
 }
 
 func (k Knock) ask(conn net.Conn) (string, error) {
-	// Go's client writes names in its own way, so one of the same length stands for them.
-	stand := strings.Repeat("x", len(k.SNI))
-	config := &tls.Config{ServerName: stand, NextProtos: k.ALPN, InsecureSkipVerify: true}
+	config := &tls.Config{ServerName: k.SNI, NextProtos: k.ALPN, InsecureSkipVerify: true}
+	if bare, ok := strings.CutSuffix(k.SNI, "."); ok {
+		// Go's client cuts the dot off, so it is written into the hello afterwards. Who
+		// answers such a hello is not understood, but has answered.
+		config.ServerName = bare + "x"
+		conn = &renamed{conn, []byte(config.ServerName), []byte(k.SNI)}
+	}
 	if k.Certificate != "" {
 		text, err := os.ReadFile(k.Certificate)
 		if err != nil {
@@ -171,7 +182,7 @@ func (k Knock) ask(conn net.Conn) (string, error) {
 		}
 		config.Certificates = []tls.Certificate{pair}
 	}
-	session := tls.Client(&renamed{conn, []byte(stand), []byte(k.SNI)}, config)
+	session := tls.Client(conn, config)
 	if _, err := fmt.Fprint(session, "GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"); err != nil {
 		return "", err
 	}
@@ -181,6 +192,18 @@ func (k Knock) ask(conn net.Conn) (string, error) {
 		return "", err
 	}
 	return string(answer[:n]), nil
+}
+
+// listener notices whether anything was said: a gateway itself never says a word.
+type listener struct {
+	net.Conn
+	any bool
+}
+
+func (l *listener) Read(b []byte) (int, error) {
+	n, err := l.Conn.Read(b)
+	l.any = l.any || n > 0
+	return n, err
 }
 
 // renamed replaces a name in what is written.
