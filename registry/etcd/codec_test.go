@@ -116,7 +116,7 @@ func FuzzDecodeSlice(f *testing.F) {
 // come out.
 func FuzzReplica(f *testing.F) {
 	for _, k := range []string{"records/s/n/a", "records/s/n/a/1-0", "workloads/s/u", "gateways/n/s/g", "config/s/k/n/o", "clusters/u", "clusters/u/conditions",
-		"clusters/u/credentials", "addresses/by-host/h", "vms/n/v", "vms/n/v/health", "vms/n/v/present", "sessions/s", "records/%zz/a/b", ""} {
+		"clusters/u/credentials", "addresses/by-host/h", "vms/n/v", "vms/n/v/health", "vms/n/v/present", "sessions/s", "replicas/r", "records/%zz/a/b", ""} {
 		f.Add(k, []byte(`{"v":1}`))
 		f.Add(k, []byte(`{"v":2,"name":"x"}`))
 	}

@@ -20,6 +20,7 @@
 //	vms/<network>/<name>/health           what it reported last
 //	vms/<network>/<name>/present          there while some replica hears of it
 //	sessions/<source>                     who syncs the source: the fence
+//	replicas/<name>                       a Replica, there while it lives
 //	changes/<time>                        why endpoints came and went
 //
 // Parts of keys are percent-encoded where they contain a slash.

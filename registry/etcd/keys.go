@@ -24,13 +24,14 @@ const (
 	byIPPrefix       = "addresses/by-ip/"
 	vmsPrefix        = "vms/"
 	sessionsPrefix   = "sessions/"
+	replicasPrefix   = "replicas/"
 	changesPrefix    = "changes/"
 )
 
 // loaded are the prefixes whose values the replica holds.
 var loaded = []string{
 	clustersPrefix, recordsPrefix, workloadsPrefix, gatewaysPrefix, configPrefix,
-	byHostPrefix, vmsPrefix, sessionsPrefix,
+	byHostPrefix, vmsPrefix, sessionsPrefix, replicasPrefix,
 }
 
 // key joins parts to a key, each of them encoded so that it has no slash. An empty part
@@ -79,6 +80,7 @@ func credentialsKey(id federation.ClusterID) string { return clusterKey(id) + "/
 func nameKey(name string) string                    { return key(namesPrefix, name) }
 func issuerKey(thumbprint string) string            { return key(issuerKeysPrefix, thumbprint) }
 func sessionKey(s federation.SourceID) string       { return key(sessionsPrefix, string(s)) }
+func replicaKey(name string) string                 { return key(replicasPrefix, name) }
 
 func recordKey(s federation.SourceID, n federation.ServiceName) string {
 	return key(recordsPrefix, string(s), n.Namespace, n.Name)

@@ -30,8 +30,9 @@ type replica struct {
 	addresses  map[string]federation.VirtualAddress
 	vms        map[registry.VMName]*vmState
 	sessions   map[federation.SourceID]sessionState
-	quarantine map[string]string // key to reason
-	newer      map[string]string // keys that make the store read-only
+	replicas   map[string]Replica // by name, this one too
+	quarantine map[string]string  // key to reason
+	newer      map[string]string  // keys that make the store read-only
 
 	// What the next snapshot cannot share with the last one.
 	dirtyServices map[federation.ServiceName]bool
@@ -90,6 +91,7 @@ func newReplica(seed maphash.Seed) *replica {
 		addresses:     map[string]federation.VirtualAddress{},
 		vms:           map[registry.VMName]*vmState{},
 		sessions:      map[federation.SourceID]sessionState{},
+		replicas:      map[string]Replica{},
 		quarantine:    map[string]string{},
 		newer:         map[string]string{},
 		dirtyServices: map[federation.ServiceName]bool{},
@@ -148,6 +150,8 @@ func (r *replica) take(k string, value []byte, created int64) error {
 		return r.takeAddress(k, value)
 	case strings.HasPrefix(k, vmsPrefix):
 		return r.takeVM(k, value)
+	case strings.HasPrefix(k, replicasPrefix):
+		return r.takeReplica(k, value)
 	}
 	return r.takeSession(k, value, created)
 }
@@ -411,6 +415,24 @@ func (r *replica) takeSession(k string, value []byte, created int64) error {
 	return err
 }
 
+func (r *replica) takeReplica(k string, value []byte) error {
+	p, err := parts(k, replicasPrefix, 1, 1)
+	if err != nil {
+		return err
+	}
+	var v replicaValue
+	err = decode(value, &v, &v.version)
+	if err != nil && !errors.Is(err, errNewer) {
+		return err
+	}
+	if v.AdminAddress == "" {
+		return errors.Join(err, errors.New("a replica without adminAddress"))
+	}
+	v.Name = p[0]
+	r.replicas[v.Name] = v.Replica
+	return err
+}
+
 // remove forgets one key.
 func (r *replica) remove(k string) {
 	if _, ok := r.hashes[k]; !ok {
@@ -445,6 +467,10 @@ func (r *replica) remove(k string) {
 	case strings.HasPrefix(k, sessionsPrefix):
 		if p, err := parts(k, sessionsPrefix, 1, 1); err == nil {
 			delete(r.sessions, federation.SourceID(p[0]))
+		}
+	case strings.HasPrefix(k, replicasPrefix):
+		if p, err := parts(k, replicasPrefix, 1, 1); err == nil {
+			delete(r.replicas, p[0])
 		}
 	}
 }

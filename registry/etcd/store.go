@@ -50,6 +50,10 @@ type StoreConfig struct {
 	// PresenceTTL is how long VMs outlive the replica that hears of them; zero means 15 s.
 	PresenceTTL time.Duration
 
+	// ReplicaTTL is how long others take a replica that was killed for one that lives; zero
+	// means 10 s.
+	ReplicaTTL time.Duration
+
 	// Heartbeat is how often etcd is asked whether it is there; zero means 1 s.
 	Heartbeat time.Duration
 
@@ -75,6 +79,7 @@ func (c *StoreConfig) setDefaults() {
 	setDefault(&c.Prefix, "/isthmus/")
 	setDefault(&c.SessionTTL, 6*time.Second)
 	setDefault(&c.PresenceTTL, 15*time.Second)
+	setDefault(&c.ReplicaTTL, 10*time.Second)
 	setDefault(&c.Heartbeat, time.Second)
 	setDefault(&c.Patience, 3*time.Second)
 	setDefault(&c.Replica, "meshd")
