@@ -257,6 +257,49 @@ func TestInboundChains(t *testing.T) {
 	}
 }
 
+// Two services may see one port of a workload differently. Whoever calls the one that says
+// HTTP is still known by name to the workload: HTTP ends in a chain that reads HTTP.
+func TestServicesDisagreeOnAPort(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		other federation.Protocol
+		want  []string
+	}{
+		"two kinds of HTTP": {federation.HTTP2, []string{"0.0.0.0_8080-mesh", "0.0.0.0_8080-tls", "0.0.0.0_8080-plain"}},
+		"one knows nothing": {federation.Unknown, []string{
+			"0.0.0.0_8080-mesh-http", "0.0.0.0_8080-mesh", "0.0.0.0_8080-tls", "0.0.0.0_8080-plain-http", "0.0.0.0_8080-plain",
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld()
+			w.add("east", "pay", http80, "10.1.0.2")
+			second := w.add("east", "paying", []federation.Port{{Number: 80, Protocol: c.other}}, "10.1.0.2")
+			second.Endpoints[0].UID = "east-pay-0"
+			p := client
+			p.Workload.UID = "east-pay-0"
+			r, _ := w.build(t, p)
+			var got []string
+			for _, chain := range read(t, r, xds.ListenerType, xds.VirtualInbound, &listenerv3.Listener{}).FilterChains {
+				if strings.HasPrefix(chain.Name, "0.0.0.0_8080-") {
+					got = append(got, chain.Name)
+				}
+			}
+			if !slices.Equal(got, c.want) {
+				t.Errorf("got  %q\nwant %q", got, c.want)
+			}
+			cluster := read(t, r, xds.ClusterType, "outbound|80||pay.shop.svc.cluster.local", &clusterv3.Cluster{})
+			socket := &tlsv3.UpstreamTlsContext{}
+			if err := cluster.TransportSocketMatches[0].TransportSocket.GetTypedConfig().UnmarshalTo(socket); err != nil {
+				t.Fatal(err)
+			}
+			if offered := socket.CommonTlsContext.AlpnProtocols; len(offered) != 3 || offered[0] != "isthmus-http" {
+				t.Errorf("the caller offers %q, want HTTP first", offered)
+			}
+		})
+	}
+}
+
 func TestHeadlessHere(t *testing.T) {
 	t.Parallel()
 	w := newWorld()

@@ -117,7 +117,8 @@ func (c Class) ports() []inboundPort {
 }
 
 // inboundPorts finds the ports of every workload of a view that services send to. Where
-// services disagree on a port's protocol it is unknown, and told by its first bytes.
+// services disagree on a port's protocol it is unknown, and told by its first bytes; all
+// kinds of HTTP together are HTTP, whose versions Envoy tells apart.
 func inboundPorts(view *federation.View) map[federation.WorkloadKey][]inboundPort {
 	out := map[federation.WorkloadKey][]inboundPort{}
 	for _, s := range view.Services {
@@ -144,7 +145,11 @@ func inboundPorts(view *federation.View) map[federation.WorkloadKey][]inboundPor
 func withPort(list []inboundPort, p inboundPort) []inboundPort {
 	for i := range list {
 		if list[i].number == p.number {
-			if list[i].protocol != p.protocol {
+			switch was := list[i].protocol; {
+			case was == p.protocol:
+			case was.IsHTTP() && p.protocol.IsHTTP():
+				list[i].protocol = federation.HTTP
+			default:
 				list[i].protocol = federation.Unknown
 			}
 			return list

@@ -148,7 +148,7 @@ func (p *packer) autoTLS(t target) []*clusterv3.Cluster_TransportSocketMatch {
 		{
 			Name:            "tlsMode-istio",
 			Match:           &structpb.Struct{Fields: map[string]*structpb.Value{tlsModeKey: structpb.NewStringValue(tlsModeMesh)}},
-			TransportSocket: p.meshClient(t.sni, t.identities),
+			TransportSocket: p.meshClient(t.sni, t.identities, t.protocol),
 		},
 		{
 			Name:            "tlsMode-disabled",

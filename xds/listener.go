@@ -4,6 +4,8 @@ package xds
 
 import (
 	"fmt"
+	"slices"
+	"strings"
 	"time"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
@@ -42,9 +44,12 @@ const (
 // sniffedHTTP are the application protocols that Envoy's HTTP inspector finds.
 var sniffedHTTP = []string{"http/1.0", "http/1.1", "h2c"}
 
-// httpALPN is offered before ALPN by a client that found HTTP on a port of unknown
-// protocol, so that the server need not find it again behind the encryption.
+// httpALPN is offered before ALPN by a client that knows, or found on a port of unknown
+// protocol, that it speaks HTTP, so that the server need not find it again behind the
+// encryption.
 const httpALPN = "isthmus-http"
+
+var offeredHTTP = slices.Concat([]string{httpALPN}, ALPN)
 
 // outboundListener is the listener of one address of one service port. route is the
 // route configuration for HTTP, cluster the destination of everything else.
@@ -223,10 +228,7 @@ func inboundRoute(cluster string) *routev3.RouteConfiguration {
 
 // offerHTTP makes the connections to the upstream offer httpALPN first.
 func (p *packer) offerHTTP() *hcmv3.HttpFilter {
-	value := httpALPN
-	for _, a := range ALPN {
-		value += "," + a
-	}
+	value := strings.Join(offeredHTTP, ",")
 	state := &statev3.Config{OnRequestHeaders: []*commonstatev3.FilterStateValue{{
 		Key: &commonstatev3.FilterStateValue_ObjectKey{ObjectKey: "envoy.network.application_protocols"},
 		Value: &commonstatev3.FilterStateValue_FormatString{FormatString: &corev3.SubstitutionFormatString{

@@ -7,6 +7,8 @@ import (
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
 	matcherv3 "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
 	"google.golang.org/protobuf/types/known/wrapperspb"
+
+	"github.com/isthmus-mesh/isthmus/federation"
 )
 
 // The secrets that the agent serves to Envoy, and the static cluster it is reached by.
@@ -64,9 +66,14 @@ func meshContext(identities []string, alpn []string) *tlsv3.CommonTlsContext {
 	}
 }
 
-// meshClient is the transport socket towards a service of the mesh.
-func (p *packer) meshClient(sni string, identities []string) *corev3.TransportSocket {
-	return p.tlsSocket(&tlsv3.UpstreamTlsContext{CommonTlsContext: meshContext(identities, ALPN), Sni: sni})
+// meshClient is the transport socket towards a service of the mesh. Who knows that it
+// speaks HTTP says so: the server may be of two minds about its port.
+func (p *packer) meshClient(sni string, identities []string, protocol federation.Protocol) *corev3.TransportSocket {
+	alpn := ALPN
+	if protocol.IsHTTP() {
+		alpn = offeredHTTP
+	}
+	return p.tlsSocket(&tlsv3.UpstreamTlsContext{CommonTlsContext: meshContext(identities, alpn), Sni: sni})
 }
 
 // meshServer is the transport socket of inbound chains. It names no ALPN of its own:

@@ -245,7 +245,7 @@ func (p *packer) clientTLS(c *clusterv3.Cluster, t target, tls *networking.Clien
 		if len(tls.SubjectAltNames) > 0 {
 			identities = tls.SubjectAltNames
 		}
-		c.TransportSocketMatches, c.TransportSocket = nil, p.meshClient(sni, identities)
+		c.TransportSocketMatches, c.TransportSocket = nil, p.meshClient(sni, identities, t.protocol)
 	case networking.ClientTLSSettings_SIMPLE, networking.ClientTLSSettings_MUTUAL:
 		socket, err := p.ownTLS(tls)
 		if err != nil {
