@@ -30,7 +30,7 @@ type caller struct {
 	every       time.Duration
 	host        string
 	headers     []string
-	halfClose   bool // over TCP: end the own half before anything is read
+	halfClose   string // over TCP: end the own half "early", before anything is read, or "late"
 	fresh       bool // a new connection for each HTTP request
 	body        string
 	json        bool
@@ -79,7 +79,7 @@ The exit code is 1 if a call failed or, with --want, came from another cluster.`
 	f.StringVar(&c.host, "host", "", "Host header")
 	f.StringArrayVarP(&c.headers, "header", "H", nil, `header "name: value"`)
 	f.BoolVar(&c.fresh, "fresh", false, "a new connection for each request")
-	f.BoolVar(&c.halfClose, "half-close", false, "tcp: close the own half before reading; all that was sent must be answered, and its end")
+	f.StringVar(&c.halfClose, "half-close", "", "tcp: close the own half before the first answer (early) or after it (late); all that was sent must be answered, and its end")
 	f.StringVar(&c.body, "body", "hello", "what to send")
 	f.BoolVar(&c.json, "json", false, "print every answer")
 	f.BoolVar(&c.changes, "changes", false, "print a line, with its time, when another pod answers than before, or none")
@@ -269,8 +269,8 @@ func (o onceEach) call(ctx context.Context) (Answer, error) {
 		return Answer{}, err
 	}
 	defer h.Close()
-	if lines, ok := h.(*heldLines); ok && o.c.halfClose {
-		return lines.sayAllAndEnd(ctx, o.c.body)
+	if lines, ok := h.(*heldLines); ok && o.c.halfClose != "" {
+		return lines.sayAllAndEnd(ctx, o.c.body, o.c.halfClose == "early")
 	}
 	return h.say(ctx, o.c.body)
 }

@@ -213,19 +213,25 @@ func (h *heldLines) say(ctx context.Context, message string) (Answer, error) {
 	return h.read()
 }
 
-// sayAllAndEnd sends many lines and the end of its half before it reads anything; then
-// every line must be answered, and the end, and then the other half ends too.
-func (h *heldLines) sayAllAndEnd(ctx context.Context, message string) (Answer, error) {
+// sayAllAndEnd sends many lines and the end of its half, early (before it reads anything)
+// or after the first answer. Every line must be answered, and the end, and then the other
+// half ends too.
+func (h *heldLines) sayAllAndEnd(ctx context.Context, message string, early bool) (Answer, error) {
 	half, ok := h.conn.(*net.TCPConn)
 	if !ok {
 		return Answer{}, errors.New("only plain TCP can be closed by halves")
 	}
 	deadline, _ := ctx.Deadline()
 	const lines = 100
-	if err := errors.Join(h.conn.SetDeadline(deadline), writeLines(half, message, lines), half.CloseWrite()); err != nil {
+	if err := errors.Join(h.conn.SetDeadline(deadline), writeLines(half, message, lines)); err != nil {
 		return Answer{}, err
 	}
 	for i := range lines {
+		if early && i == 0 || !early && i == 1 {
+			if err := half.CloseWrite(); err != nil {
+				return Answer{}, err
+			}
+		}
 		if a, err := h.read(); err != nil || a.Body != message {
 			return a, fmt.Errorf("answer %d of %d after the end: %q, %w", i+1, lines, a.Body, err)
 		}
