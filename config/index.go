@@ -283,6 +283,7 @@ func finding(o *federation.Object, s Status) (federation.Finding, bool) {
 		f.Code, f.Severity = CodeConflict, federation.SeverityError
 	default:
 		f.Code, f.Severity = CodeInvalid, federation.SeverityError
+		f.Message = strings.TrimPrefix(s.Message, fmt.Sprintf("%v: %s: ", ErrInvalid, f.Object)) // it is named already
 	}
 	return f, true
 }

@@ -149,11 +149,15 @@ func mergePorts(lead *Record, seen []*Record, note *notes) []Port {
 			want, _ := by.Port(p.Number)
 			switch {
 			case p.Protocol != want.Protocol:
+				// In the same words from every cluster's view: it is one finding.
+				says := []string{want.Protocol.word() + " in " + note.at(by), p.Protocol.word() + " in " + note.at(r)}
+				slices.Sort(says)
 				note.add(Finding{Code: CodePortProtocol, Severity: SeverityError, Message: fmt.Sprintf(
-					"port %d is %s in %s and %s in %s; endpoints of %s get no traffic on it from here until both agree",
-					p.Number, want.Protocol.word(), note.at(by), p.Protocol.word(), note.at(r), note.at(r))})
+					"port %d is %s; the two send each other no calls on it until they agree", p.Number, strings.Join(says, " and "))})
 			case p.Name != want.Name:
-				note.warn(CodePortName, "port %d is named %q in %s and %q in %s; the former holds here", p.Number, want.Name, note.at(by), p.Name, note.at(r))
+				says := []string{fmt.Sprintf("%q in %s", want.Name, note.at(by)), fmt.Sprintf("%q in %s", p.Name, note.at(r))}
+				slices.Sort(says)
+				note.warn(CodePortName, "port %d is named %s; each goes by its own name", p.Number, strings.Join(says, " and "))
 			}
 		}
 	}

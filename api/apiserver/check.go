@@ -120,7 +120,7 @@ func (c *checking) checkTrust() []*api.Finding {
 	if len(bundle.Roots) == 0 {
 		return []*api.Finding{{Code: string(api.AuthorityMissing), Severity: severityError, Message: "the trust domain has no root"}}
 	}
-	out := []*api.Finding{good("%d root of trust domain %s", len(bundle.Roots), bundle.TrustDomain.Name())}
+	out := []*api.Finding{good("%s of trust domain %s", plural(len(bundle.Roots), "root", "roots"), bundle.TrustDomain.Name())}
 	earliest := time.Time{}
 	for _, i := range c.cfg.Authority.Issuers() {
 		if i.Phase != ca.PhaseActive {
@@ -196,11 +196,12 @@ func (c *checking) checkPaths(ctx context.Context) []*api.Finding {
 		return []*api.Finding{{Code: string(api.PathNotProven), Severity: severityWarning, Message: err.Error()}}
 	}
 	var out []*api.Finding
-	worked, worst := 0, time.Duration(0)
+	tried, worked, worst := 0, 0, time.Duration(0)
 	for _, p := range report.GetPaths() {
 		if !c.wants(p.GetFrom()) && !c.wants(p.GetTo()) {
 			continue
 		}
+		tried++
 		subject := fmt.Sprintf("%s to %s %s", p.GetFrom(), p.GetTo(), p.GetAddress())
 		switch p.GetState() {
 		case "verified", "reached":
@@ -213,7 +214,7 @@ func (c *checking) checkPaths(ctx context.Context) []*api.Finding {
 		}
 	}
 	if worked > 0 {
-		out = append(out, good("%d of %d gateway paths, worst %s", worked, len(report.GetPaths()), worst.Round(time.Millisecond)))
+		out = append(out, good("%d of %d gateway paths, worst %s", worked, tried, worst.Round(time.Millisecond)))
 	}
 	return out
 }
@@ -236,7 +237,7 @@ func (c *checking) checkSnapshot() []*api.Finding {
 	}
 	out = distinct(out)
 	if len(out) == 0 && len(snapshot.Records) > 0 {
-		out = append(out, good("%d services without conflicts", len(snapshot.Records)))
+		out = append(out, good("%s without conflicts", plural(len(snapshot.Records), "service", "services")))
 	}
 	return out
 }
@@ -273,7 +274,7 @@ func (c *checking) checkConfig() []*api.Finding {
 		out = append(out, f)
 	}
 	if active > 0 {
-		out = append(out, good("%d objects in force", active))
+		out = append(out, good("%s in force", plural(active, "object", "objects")))
 	}
 	return out
 }
@@ -340,7 +341,7 @@ func (c *checking) checkVMs(ctx context.Context) []*api.Finding {
 		out = append(out, f)
 	}
 	if healthy > 0 {
-		out = append(out, good("%d virtual machines", healthy))
+		out = append(out, good("%s", plural(healthy, "virtual machine", "virtual machines")))
 	}
 	return out
 }

@@ -5,6 +5,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -139,7 +140,9 @@ func recordsText(records []*api.Record) string {
 func codesText(findings []*api.Finding) string {
 	var out []string
 	for _, f := range findings {
-		out = append(out, f.GetCode())
+		if !slices.Contains(out, f.GetCode()) {
+			out = append(out, f.GetCode())
+		}
 	}
 	return strings.Join(out, ",")
 }
