@@ -19,6 +19,7 @@ func (d *daemon) wireAdmin(context.Context) (err error) {
 	if d.database.Embedded() {
 		mode = "embedded"
 	}
+	d.wirePeers()
 	d.admin, err = apiserver.New(apiserver.Config{
 		Store: d.store, Authority: d.authority, Authenticator: d.attestor, Tokens: d.tokens,
 		Audit: d.audit, AuditPath: d.config.path("audit.jsonl"), Sources: d.runner, Proxies: d.streams,
@@ -26,7 +27,7 @@ func (d *daemon) wireAdmin(context.Context) (err error) {
 		Advertised: d.config.Advertise, AdminAddress: d.config.adminAddresses()[0],
 		AgentBinary: program(d.config.AgentProgram, "mesh-agent"), EnvoyBinary: program(d.config.EnvoyProgram, ""),
 		Replica: d.replica, Version: v, Commit: commit, EtcdMode: mode, Started: d.started,
-		Health: d.healthChecks, Log: d.log.With("component", "admin"),
+		Health: d.healthChecks, Peers: d.peers, Log: d.log.With("component", "admin"),
 	})
 	if err == nil {
 		d.admin.RegisterWorkloads(d.mesh)

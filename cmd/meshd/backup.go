@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"os"
 	"path/filepath"
 	"strings"
 	"time"
@@ -103,7 +102,7 @@ func backup(ctx context.Context, c Configuration, path string, out io.Writer) er
 	}
 	about := etcd.Manifest{TrustDomain: c.TrustDomain}
 	about.Meshd, _ = version()
-	if about.Replica, err = os.Hostname(); err != nil {
+	if about.Replica, err = c.replica(); err != nil {
 		return err
 	}
 	if len(root.Kvs) > 0 {
@@ -282,7 +281,7 @@ func finishRestore(ctx context.Context, c Configuration, client *clientv3.Client
 	if err != nil {
 		return done, err
 	}
-	replica, err := os.Hostname()
+	replica, err := c.replica()
 	if err != nil {
 		return done, err
 	}

@@ -41,6 +41,14 @@ type Configuration struct {
 	// the admin address; the hosts of Advertise with the port of Listen.Admin if empty.
 	AdvertiseAdmin []string `json:"advertiseAdmin,omitempty"`
 
+	// Replica names this meshd among those that share an etcd; the name of the machine if
+	// empty. No two that run may have the same.
+	Replica string `json:"replica,omitempty"`
+
+	// AdminAddress is the host:port at which the other replicas reach this very one; see
+	// ownAdminAddress if empty.
+	AdminAddress string `json:"adminAddress,omitempty"`
+
 	// TrustDomain is the name after spiffe://. It cannot be changed later.
 	TrustDomain string `json:"trustDomain,omitempty"`
 
@@ -120,6 +128,8 @@ func (f *flagValues) add(fs *pflag.FlagSet) {
 	fs.StringVar(&c.DataDir, "data-dir", "", "where state, audit log, admin.conf and the sealing key are kept")
 	fs.StringSliceVar(&c.Advertise, "advertise", nil, "HOST:PORT that proxies of every network dial (port 15012)")
 	fs.StringSliceVar(&c.AdvertiseAdmin, "advertise-admin", nil, "HOST:PORT under which mesh and machines that onboard reach it (default: the hosts of --advertise, port 8443)")
+	fs.StringVar(&c.Replica, "replica", "", "name among the replicas that share an etcd, of its own (default: the name of the machine)")
+	fs.StringVar(&c.AdminAddress, "admin-address", "", "HOST:PORT at which the other replicas reach the admin port of this very one (default: the --advertise that is an address or the name of this machine, else its name, port 8443)")
 	fs.StringVar(&c.TrustDomain, "trust-domain", "cluster.local", "the name after spiffe://; it cannot be changed later")
 	fs.StringVar(&c.SealingKey, "sealing-key", "", "file of the key that seals what is secret at rest (default: in the data directory)")
 	fs.StringSliceVar(&c.Etcd.Endpoints, "etcd-endpoints", nil, "URLs of an etcd cluster of your own (default: embedded)")
@@ -213,6 +223,9 @@ func (c *Configuration) validate() error {
 			return fmt.Errorf("--advertise %q: want HOST:PORT, for example mesh.example.org:15012", a)
 		}
 	}
+	if err := c.validateReplica(); err != nil {
+		return err
+	}
 	var level slog.Level
 	if err := level.UnmarshalText([]byte(c.Log.Level)); err != nil {
 		return fmt.Errorf("--log-level %q: want debug, info, warn or error", c.Log.Level)
@@ -227,6 +240,24 @@ func (c *Configuration) validate() error {
 		return fmt.Errorf("--certificate-lifetime %v: want 5m to 168h", d)
 	}
 	return nil
+}
+
+// validateReplica is validate for what tells this replica from others.
+func (c *Configuration) validateReplica() error {
+	if strings.IndexFunc(c.Replica, notOfName) >= 0 || len(c.Replica) > 253 {
+		return fmt.Errorf("--replica %q: want letters, digits, dots and dashes, for example meshd-1", c.Replica)
+	}
+	if c.AdminAddress == "" {
+		return nil
+	}
+	if host, port, err := net.SplitHostPort(c.AdminAddress); err != nil || host == "" || port == "" {
+		return fmt.Errorf("--admin-address %q: want HOST:PORT, for example meshd-1.example.org:8443", c.AdminAddress)
+	}
+	return nil
+}
+
+func notOfName(r rune) bool {
+	return r != '.' && r != '-' && (r < '0' || r > '9') && (r < 'a' || r > 'z') && (r < 'A' || r > 'Z')
 }
 
 // validateState is validate for what says where the state is.
@@ -261,21 +292,37 @@ func (c *Configuration) sealingKey() string {
 	return c.path("sealing.key")
 }
 
+// replica is this meshd's name.
+func (c *Configuration) replica() (string, error) {
+	if c.Replica != "" {
+		return c.Replica, nil
+	}
+	name, err := os.Hostname()
+	if err != nil {
+		err = fmt.Errorf("--replica is missing, and the machine has no name: %w", err)
+	}
+	return name, err
+}
+
 // adminAddresses are where the admin address is reached from elsewhere.
 func (c *Configuration) adminAddresses() []string {
 	if len(c.AdvertiseAdmin) > 0 {
 		return c.AdvertiseAdmin
 	}
-	_, port, err := net.SplitHostPort(c.Listen.Admin)
-	if err != nil {
-		port = "8443"
-	}
+	port := c.adminPort()
 	var addresses []string
 	for _, a := range c.Advertise {
 		host, _, _ := net.SplitHostPort(a)
 		addresses = append(addresses, net.JoinHostPort(host, port))
 	}
 	return addresses
+}
+
+func (c *Configuration) adminPort() string {
+	if _, port, err := net.SplitHostPort(c.Listen.Admin); err == nil {
+		return port
+	}
+	return "8443"
 }
 
 // hosts are the names and addresses that its certificate is for.

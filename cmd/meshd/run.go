@@ -50,6 +50,7 @@ type daemon struct {
 	runner    *registry.Runner
 	pipeline  *xdsserver.Pipeline
 	streams   *xdsserver.Server
+	peers     *apiserver.PeerGroup
 	admin     *apiserver.Server
 	mesh      *grpc.Server
 
@@ -130,7 +131,7 @@ func newDaemon(c Configuration, stderr io.Writer) (*daemon, error) {
 	if err != nil {
 		return nil, err
 	}
-	replica, err := os.Hostname()
+	replica, err := c.replica()
 	if err != nil {
 		return nil, err
 	}
@@ -188,6 +189,7 @@ func (d *daemon) listen(ctx context.Context) error {
 	context.AfterFunc(ctx, d.mesh.Stop)
 	d.run("proxies' port", func(context.Context) error { return d.mesh.Serve(mesh) })
 	d.run("admin port", func(ctx context.Context) error { return d.admin.Serve(ctx, admin, d.serving.TLS("h2", "http/1.1")) })
+	d.run("replica", d.announce)
 	return nil
 }
 
@@ -211,6 +213,9 @@ const drainDuration = 5 * time.Second
 // close ends what has no loop, last opened first.
 func (d *daemon) close() error {
 	var errs []error
+	if d.peers != nil {
+		errs = append(errs, d.peers.Close())
+	}
 	if d.audit != nil {
 		errs = append(errs, d.audit.Close())
 	}
