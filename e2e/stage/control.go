@@ -56,14 +56,16 @@ func (s *Stage) Control(ctx context.Context, name string, config ControlConfig) 
 		return nil, err
 	}
 	if first == nil {
-		s.Laptop.Setenv("MESH_CONFIG", filepath.Join(c.dataDir, "admin.conf"))
+		s.Laptop.Setenv("MESH_CONFIG", c.AdminFile())
 	}
 	return c, nil
 }
 
+// flags are those of meshd. Its hosts share one host name, so that each replica is given
+// its own.
 func (c *Control) flags(s *Stage, first *Control, config ControlConfig) []string {
 	flags := []string{
-		"--data-dir", c.dataDir, "--advertise", c.Host.Addr().String() + ":15012",
+		"--data-dir", c.dataDir, "--replica", c.name, "--advertise", c.Host.Addr().String() + ":15012",
 		"--envoy-program", s.World.Binaries().Envoy, "--agent-program", s.programs.Path("mesh-agent"),
 	}
 	if first != nil {
@@ -101,6 +103,9 @@ func (c *Control) Restart(ctx context.Context) (time.Duration, error) {
 	err := c.WaitReady(ctx)
 	return time.Since(start), err
 }
+
+// AdminFile is the admin.conf that leads to this very replica.
+func (c *Control) AdminFile() string { return filepath.Join(c.dataDir, "admin.conf") }
 
 // DataDir is where the replica keeps its state.
 func (c *Control) DataDir() string { return c.dataDir }
