@@ -18,6 +18,7 @@ import (
 //	POST /control/delay?ms=100                before every answer
 //	POST /control/fail?n=5  or  ?share=0.1    answer 503: the next n, or a share
 //	GET  /count                               requests and connections by protocol
+//	POST /control/recount                     count from zero
 //	GET  /status/418, /delay?ms=50            for one request
 type control struct {
 	unready  atomic.Bool
@@ -80,6 +81,11 @@ func (c *control) handle(mux *http.ServeMux) {
 		c.delay.Store(ms)
 	})
 	mux.HandleFunc("POST /control/fail", c.setFailing)
+	mux.HandleFunc("POST /control/recount", func(http.ResponseWriter, *http.Request) {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		clear(c.counts)
+	})
 	mux.HandleFunc("GET /count", func(w http.ResponseWriter, _ *http.Request) {
 		c.mu.Lock()
 		defer c.mu.Unlock()

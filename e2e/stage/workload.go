@@ -24,6 +24,8 @@ type Workload struct {
 	Command         []string          // of the program; empty means serve
 	Args            []string          // further arguments
 	Grace           int               // seconds before a kill; 0 means 5
+	Address         string            // of its only pod; "" means a free one
+	ClusterIP       string            // of its Service; "" means a free one
 }
 
 // WorkloadPort is a port of a workload's Service.
@@ -107,6 +109,8 @@ metadata:
 spec:
 {{- if .Headless}}
   clusterIP: None
+{{- else if .ClusterIP}}
+  clusterIP: {{.ClusterIP}}
 {{- end}}
   selector:
     app: {{.Name}}
@@ -139,6 +143,10 @@ spec:
         app: {{.Name}}
 {{- range $k, $v := .Labels}}
         {{$k}}: "{{$v}}"
+{{- end}}
+{{- if .Address}}
+      annotations:
+        e2e.isthmus-mesh.io/address: "{{.Address}}"
 {{- end}}
     spec:
       serviceAccountName: {{.Account}}
