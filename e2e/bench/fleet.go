@@ -244,11 +244,10 @@ func playFleet(ctx context.Context, b *bench) error {
 		if err != nil {
 			return err
 		}
-		empty, err := measure(ctx, hub)
+		empty, err := b.measure(ctx, hub, "an empty meshd")
 		if err != nil {
 			return err
 		}
-		b.say("an empty meshd: %+v", empty)
 		look, err := newPeek(hub)
 		if err != nil {
 			return err
@@ -262,19 +261,17 @@ func playFleet(ctx context.Context, b *bench) error {
 		if err := arrive(ctx, look, f.services, f.services*f.endpoints); err != nil {
 			return err
 		}
-		full, err := measure(ctx, hub)
+		full, err := b.measure(ctx, hub, "with the fleet")
 		if err != nil {
 			return err
 		}
-		b.say("with the fleet: %+v", full)
 		if err := b.viewer(ctx, s, east); err != nil {
 			return err
 		}
-		viewed, err := measure(ctx, hub)
+		viewed, err := b.measure(ctx, hub, "with a proxy that sees it")
 		if err != nil {
 			return err
 		}
-		b.say("with a proxy that sees it: %+v", viewed)
 		b.report("memory-1000x10-mib", full.resident-empty.resident,
 			"resident set of meshd with its embedded etcd: %.0f MiB, %.0f when empty, %.0f at its peak; live heap %.0f MiB, %.0f when empty; services read from a real API server, no proxies; with one sidecar that sees all of them %.0f MiB, live heap %.0f",
 			full.resident, empty.resident, full.peak, full.heap, empty.heap, viewed.resident, viewed.heap)
@@ -467,10 +464,9 @@ func playClusters(ctx context.Context, b *bench) error {
 			if err := arrive(ctx, look, services, services*f.endpoints); err != nil {
 				return err
 			}
-			if last, err = measure(ctx, hub); err != nil {
+			if last, err = b.measure(ctx, hub, fmt.Sprintf("with %d clusters", i+1)); err != nil {
 				return err
 			}
-			b.say("with %d clusters: %+v", i+1, last)
 			if i == 0 {
 				first = last
 			}

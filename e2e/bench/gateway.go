@@ -68,9 +68,9 @@ func (b *bench) hop(ctx context.Context, s *stage.Stage) error {
 	half := most / 2
 	b.say("through the gateway %.0f calls a second at most, measured at %.0f", most, half)
 	p50, p99 := map[string][]float64{}, map[string][]float64{}
-	for range 3 {
+	for range 7 {
 		for way, url := range ways {
-			latency, _, err := b.load(ctx, s, url, half, 2*full)
+			latency, _, err := b.load(ctx, s, url, half, full)
 			if err != nil {
 				return err
 			}
@@ -78,7 +78,7 @@ func (b *bench) hop(ctx context.Context, s *stage.Stage) error {
 		}
 	}
 	b.report("gateway-hop-p99-ms", quantile(p99["behind"], 0.5)-quantile(p99["direct"], 0.5),
-		"median of 3 runs of 10 s in turn, HTTP/1.1 at %.0f calls a second (half of the most through the gateway), client, proxies, gateway, routers and servers on this one machine; p99 direct %.2f, through the gateway %.2f ms; p50 %.2f and %.2f ms",
+		"median of 7 runs of 5 s in turn, HTTP/1.1 at %.0f calls a second (half of the most through the gateway), client, proxies, gateway, routers and servers on this one machine; p99 direct %.2f, through the gateway %.2f ms; p50 %.2f and %.2f ms",
 		half, quantile(p99["direct"], 0.5), quantile(p99["behind"], 0.5), quantile(p50["direct"], 0.5), quantile(p50["behind"], 0.5))
 	return nil
 }

@@ -17,6 +17,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"runtime"
 	"slices"
 	"strings"
 	"syscall"
@@ -114,7 +115,10 @@ func (b *bench) Run() int {
 		if len(b.wanted) > 0 && !slices.ContainsFunc(b.wanted, s.has) || ctx.Err() != nil {
 			continue
 		}
-		b.say("%s: at most %v, load average %s", s.name, s.atMost, loadAverage())
+		b.say("%s: at most %v; load average %.1f", s.name, s.atMost, loadAverage())
+		if loadAverage() > float64(runtime.NumCPU()) {
+			b.say("something else keeps this machine busy: times will be longer than they need be")
+		}
 		limited, cancel := context.WithTimeout(ctx, s.atMost)
 		if err := s.play(limited, b); err != nil {
 			b.say("%s: %v", s.name, err)
@@ -199,8 +203,11 @@ func machine() string {
 		read("/proc/meminfo", "MemTotal"), strings.TrimSpace(string(kernel)))
 }
 
-func loadAverage() string {
-	text, _ := os.ReadFile("/proc/loadavg")
-	first, _, _ := strings.Cut(string(text), " ")
-	return first
+// loadAverage of the last minute; 0 if unknown.
+func loadAverage() float64 {
+	var load float64
+	if text, err := os.ReadFile("/proc/loadavg"); err == nil {
+		fmt.Sscan(string(text), &load)
+	}
+	return load
 }

@@ -35,7 +35,7 @@ type memory struct {
 }
 
 // measure reads the memory of a meshd that has come to rest: the median of some seconds.
-func measure(ctx context.Context, hub *stage.Control) (memory, error) {
+func (b *bench) measure(ctx context.Context, hub *stage.Control, what string) (memory, error) {
 	var resident []float64
 	for range 11 {
 		if err := pause(ctx, time.Second); err != nil {
@@ -52,8 +52,10 @@ func measure(ctx context.Context, hub *stage.Control) (memory, error) {
 		return memory{}, err
 	}
 	// The collection comes last: it would give memory back that nobody has asked for.
-	heap, err := liveHeap(ctx, hub)
-	return memory{resident: quantile(resident[5:], 0.5), peak: last["VmHWM"], heap: heap}, err
+	heap, err := b.liveHeap(ctx, hub, what)
+	m := memory{resident: quantile(resident[5:], 0.5), peak: last["VmHWM"], heap: heap}
+	b.say("%s: resident %.1f MiB (anonymous %.1f, of files %.1f), peak %.1f, live heap %.1f", what, m.resident, last["RssAnon"], last["RssFile"], m.peak, m.heap)
+	return m, err
 }
 
 // statusOf reads the sizes in /proc/<pid>/status, in MiB.
@@ -74,10 +76,16 @@ func statusOf(pid int) (map[string]float64, error) {
 	return sizes, nil
 }
 
-// liveHeap asks meshd to collect, and what is left, in MiB.
-func liveHeap(ctx context.Context, hub *stage.Control) (float64, error) {
-	if _, _, err := hub.Host.Get(ctx, "http://127.0.0.1:15014/debug/pprof/heap?gc=1&debug=1"); err != nil {
+// liveHeap asks meshd to collect, and what is left, in MiB. Its profile is kept with the logs.
+func (b *bench) liveHeap(ctx context.Context, hub *stage.Control, what string) (float64, error) {
+	_, profile, err := hub.Host.Get(ctx, "http://127.0.0.1:15014/debug/pprof/heap?gc=1")
+	if err != nil {
 		return 0, err
+	}
+	if b.keepLogs != "" {
+		if err := os.WriteFile(filepath.Join(b.keepLogs, "heap "+what+".pprof"), []byte(profile), 0o644); err != nil {
+			return 0, err
+		}
 	}
 	bytes, err := hub.Metric(ctx, "go_memstats_heap_inuse_bytes")
 	return bytes / (1 << 20), err
