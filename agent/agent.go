@@ -76,7 +76,7 @@ func New(c Config, log *slog.Logger) (*Agent, error) {
 			Domain:        c.Domain,
 			ResolvConf:    c.ResolvConf,
 			Authoritative: c.Role == VM,
-			Dial:          redirect.Dialer(dialTimeout).DialContext,
+			Dial:          redirect.QueryDialer(dialTimeout),
 			Metrics:       dns.NewMetrics(a.metrics),
 			Log:           log,
 		}
