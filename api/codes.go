@@ -147,7 +147,7 @@ var explanations = map[Code]Explanation{
 	MissingPermission: {
 		Title:   "your account in the member cluster may not do what a join needs",
 		Meaning: "Before anything is changed, the command asks the cluster whether you may apply what a member needs. The missing permissions are listed one a line.",
-		Remedy:  "Use a context whose user has them (usually cluster-admin), or have the manifests applied by somebody else: mesh join cluster NAME --output-dir DIR.",
+		Remedy:  "Use a context whose user has these permissions (usually cluster-admin), or have the manifests applied by somebody else: mesh join cluster NAME --output-dir DIR.",
 	},
 	MemberUnreachable: {
 		Title:   "this machine does not reach the member's API server",
@@ -192,7 +192,7 @@ var explanations = map[Code]Explanation{
 	OverlappingAddresses: {
 		Title:   "address ranges overlap",
 		Meaning: "Pods of two clusters on one network share addresses, or a cluster uses the range from which the mesh takes virtual addresses. On different networks the same ranges are fine.",
-		Remedy:  "Put the clusters on different networks (--network), or change the range of virtual addresses (meshd --virtual-cidr).",
+		Remedy:  "Put the clusters on different networks: mesh join cluster NAME --network OTHER. The ranges of virtual addresses, 240.240.0.0/12 and 2001:2::/48, cannot be changed yet.",
 	},
 	StaticCredential: {
 		Title:   "the credential cannot be renewed by meshd",
@@ -307,7 +307,7 @@ var explanations = map[Code]Explanation{
 	ConfigNotTranslated: {
 		Title:   "a configuration object has no effect yet",
 		Meaning: "The object is stored, but this version of the mesh does not translate its kind.",
-		Remedy:  "Remove it, or wait for a version that does; docs/reference lists the kinds.",
+		Remedy:  "Remove it, or wait for a version that does; docs/reference/compatibility.md lists the kinds.",
 	},
 	ConfigConflict: {
 		Title:   "two primaries disagree on a configuration object",

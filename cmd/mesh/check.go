@@ -160,7 +160,9 @@ func (s *session) printGroup(w io.Writer, st style, g *api.CheckGroup, width int
 		if f.GetSince() != nil {
 			text += " (since " + f.GetSince().AsTime().UTC().Format("15:04:05") + ")"
 		}
-		line(st.mark(f.GetSeverity()) + " " + printable(text) + "  " + st.paint(faint, f.GetCode()))
+		in, columns := len(indent)+1+st.markWidth(f.GetSeverity()), s.columns(w)
+		text = behind(fold(printable(text), columns, in), f.GetCode(), columns, in, func(code string) string { return st.paint(faint, code) })
+		line(st.mark(f.GetSeverity()) + " " + text)
 		if f.GetTry() != "" {
 			line("  " + st.paint(faint, "try: ") + printable(f.GetTry()))
 		}

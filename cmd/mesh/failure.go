@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 	"google.golang.org/grpc/codes"
 
 	"github.com/isthmus-mesh/isthmus/api"
@@ -47,11 +48,17 @@ var errFindings = &failure{exit: exitFindings}
 // errInterrupted is the cause of everything that ends by Ctrl-C.
 var errInterrupted = errors.New("interrupted")
 
-func (f *failure) print(w io.Writer, st style) {
+// print writes it for a terminal of that width, 0 for none. Remedies are not folded: they
+// are there to be copied.
+func (f *failure) print(w io.Writer, st style, width int) {
 	fmt.Fprintf(w, "%s %s\n", st.paint(red, "mesh:"), f.what)
 	indent := strings.NewReplacer("\n", "\n        ")
 	if f.why != "" {
-		fmt.Fprintf(w, "  why   %s\n", indent.Replace(f.why))
+		var lines []string
+		for line := range strings.SplitSeq(f.why, "\n") {
+			lines = append(lines, fold(line, width, 8))
+		}
+		fmt.Fprintf(w, "  why   %s\n", strings.Join(lines, "\n        "))
 	}
 	if f.try != "" {
 		fmt.Fprintf(w, "  try   %s\n", indent.Replace(f.try))
@@ -139,7 +146,15 @@ func orCode(c, other api.Code) api.Code {
 
 // usageError is for flags and arguments that cannot be meant.
 func usageError(cmd *cobra.Command, err error) error {
-	return &failure{exit: exitUsage, why: err.Error(), try: cmd.CommandPath() + " --help", err: err}
+	f := &failure{exit: exitUsage, why: err.Error(), try: cmd.CommandPath() + " --help", err: err}
+	if given, ok := strings.CutPrefix(f.why, "unknown flag: --"); ok {
+		var flags []string
+		cmd.Flags().VisitAll(func(flag *pflag.Flag) { flags = append(flags, flag.Name) })
+		if near := nearest(given, flags); near != "" {
+			f.try = "did you mean --" + near + "?"
+		}
+	}
+	return f
 }
 
 func usagef(format string, args ...any) error {

@@ -295,7 +295,7 @@ func (j *join) permissions(ctx context.Context) error {
 	if len(missing) > 0 {
 		step.fail(api.MissingPermission, "permissions to install (%d of %d)", len(wanted)-len(missing), len(wanted))
 		return &failure{exit: exitDenied, what: "cannot join " + j.name, code: api.MissingPermission,
-			why: "your account in context " + j.member.context + " may not:\n" + strings.Join(missing, "\n"),
+			why: "your account in context " + j.member.context + " may not:\n" + strings.Join(describeAccess(missing), "\n"),
 			try: defaultRemedy(api.MissingPermission)}
 	}
 	step.done("permissions to install (%d of %d)", len(wanted), len(wanted))
@@ -320,7 +320,7 @@ func (j *join) reach(ctx context.Context) error {
 		for _, f := range r.GetFindings() {
 			code = api.Code(f.GetCode())
 		}
-		step.fail(code, "meshd reaches %s", spec.GetApiServer())
+		step.fail(code, "meshd does not reach %s", spec.GetApiServer())
 		return &failure{exit: exitUnreachable, what: "cannot join " + j.name, code: code,
 			why: fmt.Sprintf("meshd does not reach %s (%s): %s", spec.GetApiServer(), r.GetStage(), r.GetMessage()),
 			try: defaultRemedy(code)}

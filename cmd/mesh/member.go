@@ -112,6 +112,10 @@ func (m *member) failure(what string, err error) error {
 		f.exit, f.code = exitDenied, api.CredentialRefused
 		f.why = "the API server at " + m.host() + " does not accept the credentials of the kubeconfig"
 		f.try = "log in to the cluster again, then run the same command"
+		if m.context == "" {
+			f.why = "the API server at " + m.host() + " does not accept the token of the Secret"
+			f.try = "make a new one: istioctl create-remote-secret"
+		}
 	case errors.As(err, &status) && apierrors.IsForbidden(err):
 		f.exit, f.code = exitDenied, api.MissingPermission
 		if f.why == "unknown" { // what client-go makes of an answer that is no Status
@@ -137,9 +141,9 @@ func shortURLError(err error) string {
 }
 
 // missing returns those of the wanted permissions that the caller does not have.
-func (m *member) missing(ctx context.Context, wanted []authorizationv1.ResourceAttributes) ([]string, error) {
+func (m *member) missing(ctx context.Context, wanted []authorizationv1.ResourceAttributes) ([]authorizationv1.ResourceAttributes, error) {
 	reviews := m.objects.Resource(authorizationv1.SchemeGroupVersion.WithResource("selfsubjectaccessreviews"))
-	var out []string
+	var out []authorizationv1.ResourceAttributes
 	for _, w := range wanted {
 		review := &authorizationv1.SelfSubjectAccessReview{
 			TypeMeta: metav1.TypeMeta{APIVersion: authorizationv1.SchemeGroupVersion.String(), Kind: "SelfSubjectAccessReview"},
@@ -154,27 +158,46 @@ func (m *member) missing(ctx context.Context, wanted []authorizationv1.ResourceA
 			return nil, err
 		}
 		if allowed, _, _ := unstructured.NestedBool(answer.Object, "status", "allowed"); !allowed {
-			out = append(out, describeAccess(w))
+			out = append(out, w)
 		}
 	}
 	return out, nil
 }
 
-// describeAccess is for example "create deployments.apps in isthmus-system".
-func describeAccess(w authorizationv1.ResourceAttributes) string {
-	resource := w.Resource
-	if w.Subresource != "" {
-		resource += "/" + w.Subresource
+// describeAccess has a line for each resource, for example "create, patch
+// deployments.apps in isthmus-system".
+func describeAccess(list []authorizationv1.ResourceAttributes) []string {
+	var out []string
+	var verbs []string
+	for i, a := range list {
+		verbs = append(verbs, a.Verb)
+		a.Verb = ""
+		if i+1 < len(list) {
+			next := list[i+1]
+			next.Verb = ""
+			if next == a {
+				continue
+			}
+		}
+		out = append(out, strings.Join(verbs, ", ")+" "+describeResource(a))
+		verbs = nil
 	}
-	if w.Group != "" {
-		resource += "." + w.Group
+	return out
+}
+
+func describeResource(a authorizationv1.ResourceAttributes) string {
+	out := a.Resource
+	if a.Subresource != "" {
+		out += "/" + a.Subresource
 	}
-	out := w.Verb + " " + resource
-	if w.Name != "" {
-		out += " " + w.Name
+	if a.Group != "" {
+		out += "." + a.Group
 	}
-	if w.Namespace != "" {
-		out += " in " + w.Namespace
+	if a.Name != "" {
+		out += " " + a.Name
+	}
+	if a.Namespace != "" {
+		out += " in " + a.Namespace
 	}
 	return out
 }

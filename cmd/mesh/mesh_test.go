@@ -123,7 +123,7 @@ func TestAnInterruptedCommandSaysSo(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	f := s.failureOf(ctx, &failure{exit: exitFailed, what: "join of west stopped", why: "interrupted", try: "resume"})
-	f.print(talk, s.style(talk))
+	f.print(talk, s.style(talk), 0)
 	if f.exit != exitInterrupted || !strings.Contains(talk.String(), "try   resume") {
 		t.Errorf("exit %d\n%s", f.exit, talk)
 	}
@@ -224,4 +224,25 @@ func FuzzWrap(f *testing.F) {
 			t.Errorf("words changed: %q", wrap(s, width))
 		}
 	})
+}
+
+// What does not fit a terminal is folded under its own beginning, and a code that does not
+// fit behind it gets a line; without a terminal nothing is folded, so that grep finds it.
+func TestLinesAreFoldedForATerminalOnly(t *testing.T) {
+	t.Parallel()
+	same := func(s string) string { return s }
+	for _, c := range []struct {
+		text     string
+		width    int
+		expected string
+	}{
+		{"short", 20, "short  MESH1001"},
+		{"one two three four", 20, "one two three\n    four  MESH1001"},
+		{"one two three", 20, "one two three\n    MESH1001"},
+		{"one two three four five six seven", 0, "one two three four five six seven  MESH1001"},
+	} {
+		if got := behind(fold(c.text, c.width, 4), "MESH1001", c.width, 4, same); got != c.expected {
+			t.Errorf("%q in %d columns is\n%s\nwant\n%s", c.text, c.width, got, c.expected)
+		}
+	}
 }

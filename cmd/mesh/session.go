@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"os"
 	"strings"
@@ -81,7 +82,7 @@ func (s *session) run(ctx context.Context, args []string) int {
 	if f.what == "" {
 		f.what = "cannot " + strings.TrimPrefix(cmd.CommandPath(), "mesh ")
 	}
-	f.print(s.stderr, s.style(s.stderr))
+	f.print(s.stderr, s.style(s.stderr), s.columns(s.stderr))
 	return f.exit
 }
 
@@ -115,6 +116,7 @@ func (s *session) root() *cobra.Command {
 			cmd.AddCommand(c)
 		}
 	}
+	cmd.SetUsageTemplate(strings.ReplaceAll(cmd.UsageTemplate(), "Flags.FlagUsages ", fmt.Sprintf("Flags.FlagUsagesWrapped %d ", min(s.width, 100))))
 	cmd.InitDefaultCompletionCmd()
 	return cmd
 }

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"strings"
 	"sync"
 	"time"
 
@@ -26,6 +27,7 @@ type steps struct {
 	style      style
 	json, live bool
 	width      int
+	columns    int // of stdout; 0 if that is no terminal
 	now        func() time.Time
 	heartbeat  time.Duration
 
@@ -51,14 +53,14 @@ func (s *session) newSteps() *steps {
 		out: s.stdout, talk: s.stderr, style: s.style(s.stdout),
 		json: s.progress == "json",
 		live: s.progress == "auto" && s.errTerminal && s.outTerminal && s.env("TERM") != "dumb",
-		now:  s.now, heartbeat: heartbeatInterval, width: s.width,
+		now:  s.now, heartbeat: heartbeatInterval, width: s.width, columns: s.columns(s.stdout),
 	}
 }
 
 // say prints a line that belongs to no step.
 func (p *steps) say(format string, args ...any) {
 	if !p.json {
-		fmt.Fprintf(p.out, format+"\n", args...)
+		fmt.Fprintln(p.out, fold(fmt.Sprintf(format, args...), p.columns, 0))
 	}
 }
 
@@ -141,14 +143,18 @@ func (st *step) finish(state string, code api.Code, format string, args ...any) 
 	if p.json {
 		return
 	}
-	line := fmt.Sprintf("  %s %s", p.style.mark(state), message)
+	indent := 3 + p.style.markWidth(state)
+	text := fold(message, p.columns, indent)
+	pale := func(s string) string { return p.style.paint(faint, s) }
+	var notes []string
 	if elapsed := p.now().Sub(st.begun); elapsed >= time.Second {
-		line += "  " + p.style.paint(faint, short(elapsed))
+		notes = append(notes, short(elapsed))
 	}
 	if code != "" {
-		line += "  " + p.style.paint(faint, string(code))
+		notes = append(notes, string(code))
 	}
-	fmt.Fprintln(p.out, line)
+	text = behind(text, strings.Join(notes, "  "), p.columns, indent, pale)
+	fmt.Fprintf(p.out, "  %s %s\n", p.style.mark(state), text)
 }
 
 // note adds a finding below the last step.

@@ -71,6 +71,14 @@ func (st style) mark(state string) string {
 	return st.paint(m.tone, m.symbol)
 }
 
+// markWidth is how many columns that takes.
+func (st style) markWidth(state string) int {
+	if st.ascii {
+		return len(marks[state].ascii)
+	}
+	return utf8.RuneCountInString(marks[state].symbol)
+}
+
 // arrow points from one name to another.
 func (st style) arrow() string {
 	if st.ascii {
@@ -91,6 +99,39 @@ var marks = map[string]struct {
 	"error":     {"✗", "FAIL", red},
 	"info":      {"·", "-", faint},
 	"running":   {"…", "...", faint},
+}
+
+// fold breaks text for a terminal of that width, 0 for none. It stands indent columns
+// from the left, and so do its further lines.
+func fold(text string, width, indent int) string {
+	if width <= indent || utf8.RuneCountInString(text)+indent <= width {
+		return text
+	}
+	return strings.ReplaceAll(wrap(text, width-indent), "\n", "\n"+strings.Repeat(" ", indent))
+}
+
+// behind adds a word to text that was folded, on a line of its own where it does not fit.
+func behind(text, word string, width, indent int, paint func(string) string) string {
+	if word == "" {
+		return text
+	}
+	last := text[strings.LastIndexByte(text, '\n')+1:]
+	column := utf8.RuneCountInString(last)
+	if len(last) == len(text) {
+		column += indent
+	}
+	if width > indent && column+2+len(word) > width {
+		return text + "\n" + strings.Repeat(" ", indent) + paint(word)
+	}
+	return text + "  " + paint(word)
+}
+
+// columns is the width of the terminal that w is; 0 if it is none.
+func (s *session) columns(w io.Writer) int {
+	if (w == s.stdout && s.outTerminal) || (w == s.stderr && s.errTerminal) {
+		return s.width
+	}
+	return 0
 }
 
 // wrap breaks text at spaces so that no line is longer than width, where words
