@@ -167,9 +167,13 @@ func (p *Pipeline) compute() time.Duration {
 		c.used = false
 	}
 	woken := 0
-	for f := range p.feeds {
-		if p.feedIt(f) {
-			woken++
+	// Gateways first: who calls a service that is new behind a gateway before the gateway
+	// knows of it is turned away, and soon takes the gateway for dead.
+	for _, gateways := range []bool{true, false} {
+		for f := range p.feeds {
+			if gateways == (f.subject.Role == federation.GatewayRole) && p.feedIt(f) {
+				woken++
+			}
 		}
 	}
 	p.sweep()

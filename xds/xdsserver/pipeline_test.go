@@ -17,6 +17,7 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/isthmus-mesh/isthmus/config"
 	"github.com/isthmus-mesh/isthmus/federation"
 	"github.com/isthmus-mesh/isthmus/xds"
 	"github.com/isthmus-mesh/isthmus/xds/xdsserver"
@@ -209,6 +210,62 @@ func TestRemoteWeightsChangeAtMostOnceASecond(t *testing.T) {
 			time.Sleep(step.wait + 50*time.Millisecond)
 			if got := weight(); got != step.want {
 				t.Errorf("%d endpoints after %v: weight %d, want %d", step.n, step.wait, got, step.want)
+			}
+		}
+	})
+}
+
+// noting is a generator that notes whom it was asked for.
+type noting struct {
+	xds.Builder
+	role  federation.ProxyRole
+	roles *[]federation.ProxyRole
+}
+
+func (n *noting) BuildClass(v *federation.View, i *config.Index, c xds.Class) (xds.Resources, []federation.Finding) {
+	*n.roles = append(*n.roles, n.role)
+	return n.Builder.BuildClass(v, i, c)
+}
+
+func TestGatewaysAreToldFirst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var roles []federation.ProxyRole
+		generator := func(role federation.ProxyRole) func(xdsserver.Weigh) xdsserver.Generator {
+			return func(xdsserver.Weigh) xdsserver.Generator { return &noting{role: role, roles: &roles} }
+		}
+		p := xdsserver.NewPipeline(xdsserver.PipelineConfig{Generators: map[federation.ProxyRole]func(xdsserver.Weigh) xdsserver.Generator{
+			federation.Sidecar: generator(federation.Sidecar), federation.GatewayRole: generator(federation.GatewayRole),
+		}})
+		go func() { _ = p.Run(t.Context()) }()
+		server := workload("kube:west", "pay", "n2", nearIP, federation.Sidecar)
+		loads := []*federation.Workload{server, workload("kube:west", "gateway", "n2", gatewayIP, federation.GatewayRole)}
+		for i := range 5 {
+			w := workload("kube:east", fmt.Sprintf("client-%d", i), "n1", clientIP, federation.Sidecar)
+			w.Namespace = w.Name // each is a class of its own
+			loads = append(loads, w)
+		}
+		s := snapshotOf(loads, record("kube:west", endpoint(server)))
+		p.Update(s)
+		for _, w := range loads[1:] {
+			f, err := p.Attach(t.Context(), xdsserver.Peer{
+				Workload: federation.WorkloadKey{Source: w.Source, UID: w.UID}, Namespace: w.Namespace, ServiceAccount: w.ServiceAccount,
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+		}
+		for i := range 10 {
+			time.Sleep(time.Second)
+			roles = nil
+			s = later(s)
+			changed := record("kube:west", endpoint(server))
+			changed.Endpoints[0].Health = []federation.Health{federation.NotReady, federation.Ready}[i%2]
+			s.Records[changed.Name] = []*federation.Record{changed}
+			p.Update(s)
+			time.Sleep(time.Second)
+			if len(roles) != 6 || roles[0] != federation.GatewayRole {
+				t.Errorf("change %d was computed for %v; want the gateway first, then 5 sidecars", i, roles)
 			}
 		}
 	})
