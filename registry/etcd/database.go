@@ -163,6 +163,7 @@ func embedConfig(config DatabaseConfig, dir string) *embed.Config {
 	c.ListenPeerUrls = nil // a cluster of one: nobody to talk to
 	c.ListenClientUrls = nil
 	c.ListenClientHttpUrls = nil
+	c.EnableGRPCGateway = false // JSON for nobody
 	if socket, ok := socketURL(config.DataDir); ok {
 		c.ListenClientUrls = []url.URL{socket}
 	}
