@@ -15,6 +15,7 @@ import (
 	"flag"
 	"fmt"
 	"log/slog"
+	"math"
 	"os"
 	"os/signal"
 	"runtime"
@@ -175,13 +176,13 @@ func (b *bench) report(name string, value float64, note string, args ...any) {
 	}
 }
 
-// round keeps what means something.
+// round keeps three digits, and whole numbers as they are.
 func round(v float64) float64 {
 	scale := 1.0
-	for v*scale < 100 && scale < 1000 {
+	for math.Abs(v)*scale < 100 && scale < 1000 {
 		scale *= 10
 	}
-	return float64(int64(v*scale+0.5)) / scale
+	return math.Round(v*scale) / scale
 }
 
 // machine describes what the figures were measured on.
