@@ -739,7 +739,7 @@ func cut(t *testing.T, m *mesh) {
 	}
 	defer conn.Close()
 	in := bufio.NewReader(conn)
-	_ = conn.SetDeadline(time.Now().Add(20 * time.Second))
+	_ = conn.SetDeadline(time.Now().Add(60 * time.Second))
 	if line, err := in.ReadString('\n'); err != nil {
 		t.Fatal(line, err)
 	}
