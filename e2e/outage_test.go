@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -29,10 +30,14 @@ import (
 //	forbid, allow CLUSTER RESOURCE     what meshd's account may read of a kind in a member
 //	follow NAME CLUSTER ARG…           kubectl logs --follow of what runs now, in the background
 //	followed NAME                      waits until those have ended, and prints what they logged
+//	portion APP MIN MAX CLUSTER NS/APP URL [n=N]   share of the answers that came from pods of APP
+//	operate NAME ARG…                  meshd ARG… with the data directory of a replica, on its host
+//	lose NAME                          a replica's data directory, but for the sealing key, which was kept
 //	renew CLUSTER NS/APP               its first pod's agent renews its certificate
 var outageWords = map[string]word{
 	"assignment": wordAssignment, "restart-proxy": wordRestartProxy, "renew": wordRenew,
 	"forbid": wordForbid, "allow": wordForbid, "follow": wordFollow, "followed": wordFollowed,
+	"portion": wordPortion, "operate": wordOperate, "lose": wordLose,
 }
 
 // wordAssignment prints the load assignments of a host as Envoy holds them, in an order
@@ -245,4 +250,69 @@ func wordFollowed(_ context.Context, s *scene) error {
 	}
 	s.out = f.out.String()
 	return f.process.Err()
+}
+
+// wordPortion calls and checks what share of the answers came from one workload's pods.
+func wordPortion(ctx context.Context, s *scene) error {
+	args, rest, err := s.need(3)
+	if err != nil {
+		return err
+	}
+	low, err1 := strconv.ParseFloat(args[1], 64)
+	high, err2 := strconv.ParseFloat(args[2], 64)
+	if err := errors.Join(err1, err2); err != nil {
+		return err
+	}
+	calls := *s
+	calls.args = rest
+	err = wordCall(ctx, &calls)
+	s.out = calls.out
+	if err != nil {
+		return err
+	}
+	all, own := 0, 0
+	for _, m := range answersOfPod.FindAllStringSubmatch(s.out, -1) {
+		n, err := strconv.Atoi(m[2])
+		if err != nil {
+			return err
+		}
+		all += n
+		if strings.HasPrefix(m[1], args[0]+"-") {
+			own += n
+		}
+	}
+	share := float64(own) / float64(max(1, all))
+	if share < low || share > high {
+		return fmt.Errorf("share of %s is %.3f, want %v to %v:\n%s", args[0], share, low, high, s.out)
+	}
+	s.out = fmt.Sprintf("share of %s: %.3f\n%s", args[0], share, s.out)
+	return nil
+}
+
+var answersOfPod = regexp.MustCompile(`[ ,][^ /]+/(\S+) (\d+)`)
+
+func wordOperate(ctx context.Context, s *scene) error {
+	args, rest, err := s.need(2)
+	if err != nil {
+		return err
+	}
+	c, ok := s.Controls()[args[0]]
+	if !ok {
+		return fmt.Errorf("there is no meshd %q", args[0])
+	}
+	out, err := c.Operate(ctx, append([]string{args[1]}, rest...)...)
+	s.out = out
+	return err
+}
+
+func wordLose(_ context.Context, s *scene) error {
+	args, _, err := s.need(1)
+	if err != nil {
+		return err
+	}
+	c, ok := s.Controls()[args[0]]
+	if !ok {
+		return fmt.Errorf("there is no meshd %q", args[0])
+	}
+	return c.Lose()
 }

@@ -42,7 +42,7 @@ const stageKey = key("stage")
 //	mesh ARG… [code=N]                     anything else a person would type, and its exit code
 //	kubectl CLUSTER ARG…
 //	workload CLUSTER NS/NAME [port=NAME:N[:SPEAKS]]… [replicas=N] [headless] [statefulset] [inject=false] [export=false] [sa=A] [address=A] [clusterip=A]
-//	     [version=V] [grace=DURATION: it serves on after SIGTERM]
+//	     [version=V] [set=S: a label] [grace=DURATION: it serves on after SIGTERM]
 //	apply CLUSTER FILE [inject]
 //	call CLUSTER NS/APP URL [n=N] [want=CLUSTER] [some=CLUSTER] [FLAG…]
 //	eventually WORD…                       repeat a word until it succeeds
@@ -248,6 +248,9 @@ func wordWorkload(ctx context.Context, s *scene) error {
 		w.Labels = map[string]string{"version": v}
 		w.Args = []string{"--version=" + v}
 	}
+	if set, ok := s.opts["set"]; ok {
+		w.Labels = merged(w.Labels, map[string]string{"set": set})
+	}
 	if grace, ok := s.opts["grace"]; ok {
 		serveOn, err := time.ParseDuration(grace)
 		if err != nil {
@@ -403,6 +406,14 @@ func wordEventually(ctx context.Context, s *scene) error {
 	s.out = inner.out
 	s.ts.Logf("%s: after %v", strings.Join(s.args, " "), took.Round(time.Millisecond))
 	return err
+}
+
+func merged(several ...map[string]string) map[string]string {
+	all := map[string]string{}
+	for _, m := range several {
+		maps.Copy(all, m)
+	}
+	return all
 }
 
 func first(values ...string) string {

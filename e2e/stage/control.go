@@ -20,6 +20,7 @@ type Control struct {
 
 	name    string
 	dataDir string
+	program string // meshd
 }
 
 // ControlConfig says how a replica runs.
@@ -37,7 +38,7 @@ func (s *Stage) Control(ctx context.Context, name string, config ControlConfig) 
 	if err != nil {
 		return nil, err
 	}
-	c := &Control{Host: host, name: name, dataDir: s.World.Dir("meshd-" + name)}
+	c := &Control{Host: host, name: name, dataDir: s.World.Dir("meshd-" + name), program: s.programs.Path("meshd")}
 	if err := os.MkdirAll(c.dataDir, 0o700); err != nil {
 		return nil, err
 	}
