@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"time"
 
@@ -149,7 +150,7 @@ func (s *session) printGroup(w io.Writer, st style, g *api.CheckGroup, width int
 	if len(good) > 0 {
 		line(strings.Join(good, "  "))
 	}
-	for _, f := range g.GetFindings() {
+	for _, f := range worstFirst(g.GetFindings()) {
 		if f.GetSeverity() == "ok" {
 			continue
 		}
@@ -167,4 +168,16 @@ func (s *session) printGroup(w io.Writer, st style, g *api.CheckGroup, width int
 			line("  " + st.paint(faint, "try: ") + printable(f.GetTry()))
 		}
 	}
+}
+
+// worstFirst orders findings by their severity.
+func worstFirst(findings []*api.Finding) []*api.Finding {
+	order := []string{"error", "warning"}
+	rank := func(f *api.Finding) int {
+		if i := slices.Index(order, f.GetSeverity()); i >= 0 {
+			return i
+		}
+		return len(order)
+	}
+	return slices.SortedStableFunc(slices.Values(findings), func(a, b *api.Finding) int { return rank(a) - rank(b) })
 }

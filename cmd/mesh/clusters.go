@@ -60,9 +60,9 @@ func (s *session) fetchClusters(ctx context.Context, args []string) (*listing, e
 		object: object,
 		empty:  "no cluster has joined yet; join one by: mesh join cluster NAME --context CONTEXT --network NETWORK",
 		table: table{columns: []column{
-			{head: "NAME"}, {head: "ROLE"}, {head: "STATUS"}, {head: "NETWORK"},
+			{head: "NAME"}, {head: "ROLE"}, {head: "STATUS"}, {head: "NETWORK", spare: 1},
 			{head: "SERVICES", right: true}, {head: "ENDPOINTS", right: true}, {head: "LAG"},
-			{head: "GATEWAY"}, {head: "CREDENTIALS"}, {head: "AGE"},
+			{head: "GATEWAY"}, {head: "CREDENTIALS", spare: 3}, {head: "AGE", spare: 2},
 			{head: "PROXIES", right: true, wide: true}, {head: "KUBERNETES", wide: true},
 			{head: "API-SERVER", wide: true}, {head: "UID", wide: true}, {head: "REASON", wide: true},
 		}},

@@ -53,7 +53,7 @@ func (s *session) fetchConfig(ctx context.Context, req *api.ListConfigRequest) (
 		return nil, err
 	}
 	l := &listing{object: list, empty: "no configuration objects", table: table{columns: []column{
-		{head: "KIND"}, {head: "NAMESPACE"}, {head: "NAME"}, {head: "CLUSTER"}, {head: "STATUS"}, {head: "AGE"},
+		{head: "KIND"}, {head: "NAMESPACE"}, {head: "NAME"}, {head: "CLUSTER"}, {head: "STATUS"}, {head: "AGE", spare: 1},
 		{head: "API", wide: true}, {head: "MESSAGE", wide: true},
 	}}}
 	for _, o := range list.GetItems() {

@@ -52,8 +52,8 @@ func (s *session) fetchEndpoints(ctx context.Context, req *api.ListEndpointsRequ
 		return nil, err
 	}
 	l := &listing{object: list, empty: "no endpoints", table: table{columns: []column{
-		{head: "SERVICE"}, {head: "CLUSTER"}, {head: "NETWORK"}, {head: "ADDRESS"}, {head: "PORTS"},
-		{head: "STATE"}, {head: "MESH"}, {head: "INSTANCE"},
+		{head: "SERVICE"}, {head: "CLUSTER"}, {head: "NETWORK", spare: 2}, {head: "ADDRESS"}, {head: "PORTS", spare: 3},
+		{head: "STATE"}, {head: "MESH", spare: 1}, {head: "INSTANCE"},
 		{head: "STALE", wide: true}, {head: "LOCALITY", wide: true}, {head: "ACCOUNT", wide: true},
 	}}}
 	for _, e := range list.GetItems() {

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -243,6 +244,22 @@ func TestLinesAreFoldedForATerminalOnly(t *testing.T) {
 	} {
 		if got := behind(fold(c.text, c.width, 4), "MESH1001", c.width, 4, same); got != c.expected {
 			t.Errorf("%q in %d columns is\n%s\nwant\n%s", c.text, c.width, got, c.expected)
+		}
+	}
+}
+
+// A table that is too wide for the terminal gives up what matters least, and says so.
+func TestATableFitsTheTerminal(t *testing.T) {
+	t.Parallel()
+	wide := func() *table {
+		return &table{
+			columns: []column{{head: "NAME"}, {head: "AGE", spare: 1}, {head: "CREDENTIALS", spare: 2}, {head: "UID", wide: true}},
+			rows:    [][]cell{text("east", "3d", "auto (19h)", "4f1c")},
+		}
+	}
+	for columns, hidden := range map[int][]string{0: nil, 22: nil, 21: {"CREDENTIALS"}, 8: {"CREDENTIALS", "AGE"}, 2: {"CREDENTIALS", "AGE"}} {
+		if got := wide().fit(columns); !slices.Equal(got, hidden) {
+			t.Errorf("%d columns leave out %q, want %q", columns, got, hidden)
 		}
 	}
 }

@@ -46,6 +46,12 @@ func (s *session) print(l *listing) error {
 		fmt.Fprintln(s.stderr, l.empty)
 		return nil
 	}
+	if s.output != "wide" {
+		// Said once, also where the list is watched.
+		if hidden := l.table.fit(s.columns(s.stdout)); len(hidden) > 0 && !s.noHeaders {
+			defer fmt.Fprintln(s.stderr, s.style(s.stderr).paint(faint, "too narrow for "+strings.Join(hidden, ", ")+": -o wide has them"))
+		}
+	}
 	return l.table.write(s.stdout, s.style(s.stdout), s.output == "wide", !s.noHeaders)
 }
 

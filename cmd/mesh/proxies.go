@@ -53,8 +53,8 @@ func (s *session) fetchProxies(ctx context.Context, req *api.ListProxiesRequest)
 		return nil, err
 	}
 	l := &listing{object: list, empty: "no proxies", table: table{columns: []column{
-		{head: "NAMESPACE"}, {head: "NAME"}, {head: "ROLE"}, {head: "CLUSTER"}, {head: "NETWORK"},
-		{head: "STATUS"}, {head: "AGE"}, {head: "REPLICA", wide: true}, {head: "ENVOY", wide: true},
+		{head: "NAMESPACE"}, {head: "NAME"}, {head: "ROLE", spare: 1}, {head: "CLUSTER"}, {head: "NETWORK", spare: 3},
+		{head: "STATUS"}, {head: "AGE", spare: 2}, {head: "REPLICA", wide: true}, {head: "ENVOY", wide: true},
 		{head: "AGENT", wide: true}, {head: "TYPES", wide: true}, {head: "IDENTITY", wide: true},
 	}}}
 	for _, p := range list.GetItems() {

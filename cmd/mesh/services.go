@@ -83,8 +83,8 @@ func (s *session) fetchServices(ctx context.Context, req *api.ListServicesReques
 		return nil, err
 	}
 	l := &listing{object: list, empty: "no services", table: table{columns: []column{
-		{head: "NAMESPACE"}, {head: "NAME"}, {head: "PORTS"}, {head: "CLUSTERS"},
-		{head: "READY", right: true}, {head: "FINDINGS"}, {head: "AGE"},
+		{head: "NAMESPACE"}, {head: "NAME"}, {head: "PORTS", spare: 2}, {head: "CLUSTERS"},
+		{head: "READY", right: true, spare: 1}, {head: "FINDINGS"}, {head: "AGE", spare: 3},
 		{head: "ADDRESSES", wide: true}, {head: "HOST", wide: true},
 	}}}
 	for _, v := range list.GetItems() {

@@ -13,6 +13,7 @@ type column struct {
 	head  string
 	right bool // numbers
 	wide  bool
+	spare int // on a terminal too narrow for the table, the highest are left out first; 0: never
 }
 
 // cell of a table; empty text is shown as "-".
@@ -34,6 +35,37 @@ func text(values ...string) []cell {
 type table struct {
 	columns []column
 	rows    [][]cell
+}
+
+// fit leaves out spare columns until the table is no wider than columns, where that can be
+// done, and names them.
+func (t *table) fit(columns int) []string {
+	if columns <= 0 {
+		return nil
+	}
+	head := make([]cell, len(t.columns))
+	for i, c := range t.columns {
+		head[i] = cell{text: c.head}
+	}
+	widths := t.widths(append([][]cell{head}, t.rows...))
+	var out []string
+	for {
+		total, most := -2, -1
+		for i, c := range t.columns {
+			if c.wide {
+				continue
+			}
+			total += widths[i] + 2
+			if c.spare > 0 && (most < 0 || c.spare > t.columns[most].spare) {
+				most = i
+			}
+		}
+		if total <= columns || most < 0 {
+			return out
+		}
+		t.columns[most].wide = true
+		out = append(out, t.columns[most].head)
+	}
 }
 
 // write prints the table with two spaces between columns and none at the ends

@@ -23,8 +23,8 @@ func (s *session) vmCommand() *cobra.Command {
 // vmListing is a table of virtual machines.
 func (s *session) vmListing(list *api.VMList) *listing {
 	l := &listing{object: list, empty: "no virtual machines", table: table{columns: []column{
-		{head: "NAME"}, {head: "NETWORK"}, {head: "SERVICE"}, {head: "PORTS"}, {head: "STATUS"},
-		{head: "ADDRESSES"}, {head: "CERTIFICATE"}, {head: "AGE"},
+		{head: "NAME"}, {head: "NETWORK"}, {head: "SERVICE"}, {head: "PORTS", spare: 1}, {head: "STATUS"},
+		{head: "ADDRESSES"}, {head: "CERTIFICATE", spare: 3}, {head: "AGE", spare: 2},
 		{head: "ACCOUNT", wide: true}, {head: "AGENT", wide: true}, {head: "REPORTED", wide: true}, {head: "MESSAGE", wide: true},
 	}}}
 	for _, v := range list.GetItems() {
