@@ -27,12 +27,11 @@ func wordRecount(ctx context.Context, s *scene) error {
 }
 
 func wordCounted(ctx context.Context, s *scene) error {
-	args, _, err := s.need(1)
-	if err != nil {
+	if _, _, err := s.need(1); err != nil {
 		return err
 	}
 	counts := map[string]int{}
-	for _, who := range args {
+	for _, who := range s.args {
 		pages, err := s.ask(ctx, who, "http://127.0.0.1:8080/count")
 		if err != nil {
 			return err
