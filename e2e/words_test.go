@@ -41,7 +41,7 @@ const stageKey = key("stage")
 //	join NAME [primary] [FLAG…]            mesh join cluster, from the laptop
 //	mesh ARG… [code=N]                     anything else a person would type, and its exit code
 //	kubectl CLUSTER ARG…
-//	workload CLUSTER NS/NAME [port=NAME:N[:SPEAKS]]… [replicas=N] [headless] [statefulset] [inject=false] [export=false] [sa=A] [address=A] [clusterip=A]
+//	workload CLUSTER NS/NAME [port=NAME:N[:SPEAKS]]… [replicas=N] [headless] [statefulset] [gated] [inject=false] [export=false] [sa=A] [address=A] [clusterip=A]
 //	     [version=V] [set=S: a label] [grace=DURATION: it serves on after SIGTERM]
 //	apply CLUSTER FILE [inject]
 //	call CLUSTER NS/APP URL [n=N] [want=CLUSTER] [some=CLUSTER] [FLAG…]
@@ -67,7 +67,7 @@ func vocabulary() map[string]word {
 		"cluster": wordCluster, "meshd": wordMeshd, "etcd": wordEtcd, "join": wordJoin, "mesh": wordMesh, "kubectl": wordKubectl,
 		"workload": wordWorkload, "apply": wordApply, "call": wordCall, "share": wordShare, "load": wordLoad, "eventually": wordEventually,
 	}
-	for _, some := range []map[string]word{faultWords, trafficWords, machineWords, overlapWords, outageWords, hostileWords} {
+	for _, some := range []map[string]word{faultWords, trafficWords, machineWords, overlapWords, outageWords, hostileWords, replicaWords} {
 		maps.Copy(all, some)
 	}
 	return all
@@ -233,7 +233,7 @@ func wordWorkload(ctx context.Context, s *scene) error {
 		return err
 	}
 	w := stage.Workload{
-		Account: s.opts["sa"], Headless: s.has("headless"), StatefulSet: s.has("statefulset"),
+		Account: s.opts["sa"], Headless: s.has("headless"), StatefulSet: s.has("statefulset"), Gated: s.has("gated"),
 		Inject: s.opts["inject"] != "false", Export: s.opts["export"] != "false",
 		Address: s.opts["address"], ClusterIP: s.opts["clusterip"],
 	}
