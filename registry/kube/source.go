@@ -180,6 +180,9 @@ func (r *run) observeSync(settled bool) {
 			waiting = append(waiting, kind)
 		}
 	}
+	if len(waiting) == 0 {
+		waiting = []string{"the list of its kinds"} // discovery
+	}
 	slices.Sort(waiting)
 	slices.Sort(denied)
 	c := federation.Condition{Type: federation.Synced, Status: true, Reason: "Synced"}
