@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"regexp"
 	"slices"
 	"strconv"
@@ -15,6 +16,8 @@ import (
 	"syscall"
 	"time"
 
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc"
 	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
@@ -30,6 +33,9 @@ import (
 //	forbid, allow CLUSTER RESOURCE     what meshd's account may read of a kind in a member
 //	follow NAME CLUSTER ARG…           kubectl logs --follow of what runs now, in the background
 //	followed NAME                      waits until those have ended, and prints what they logged
+//	front NAME                         a load balancer before all replicas that come after it
+//	meanwhile DURATION                 an outage goes on for as long
+//	etcd-state PREFIX                  the keys below /isthmus/PREFIX and the revisions that wrote them
 //	portion APP MIN MAX CLUSTER NS/APP URL [n=N]   share of the answers that came from pods of APP
 //	operate NAME ARG…                  meshd ARG… with the data directory of a replica, on its host
 //	lose NAME                          a replica's data directory, but for the sealing key, which was kept
@@ -37,7 +43,7 @@ import (
 var outageWords = map[string]word{
 	"assignment": wordAssignment, "restart-proxy": wordRestartProxy, "renew": wordRenew,
 	"forbid": wordForbid, "allow": wordForbid, "follow": wordFollow, "followed": wordFollowed,
-	"portion": wordPortion, "operate": wordOperate, "lose": wordLose,
+	"front": wordFront, "meanwhile": wordMeanwhile, "etcd-state": wordEtcdState, "portion": wordPortion, "operate": wordOperate, "lose": wordLose,
 }
 
 // wordAssignment prints the load assignments of a host as Envoy holds them, in an order
@@ -315,4 +321,60 @@ func wordLose(_ context.Context, s *scene) error {
 		return fmt.Errorf("there is no meshd %q", args[0])
 	}
 	return c.Lose()
+}
+
+func wordFront(_ context.Context, s *scene) error {
+	args, _, err := s.need(1)
+	if err != nil {
+		return err
+	}
+	s.front, err = s.Stage.Front(args[0])
+	return err
+}
+
+func wordMeanwhile(ctx context.Context, s *scene) error {
+	args, _, err := s.need(1)
+	if err != nil {
+		return err
+	}
+	d, err := time.ParseDuration(args[0])
+	if err != nil {
+		return err
+	}
+	select {
+	case <-time.After(d):
+	case <-ctx.Done():
+	}
+	return ctx.Err()
+}
+
+// wordEtcdState shows every write, also one that was undone at once: it left a revision.
+func wordEtcdState(ctx context.Context, s *scene) error {
+	args, _, err := s.need(1)
+	if err != nil {
+		return err
+	}
+	if s.etcd == nil {
+		return errors.New("there is no external etcd")
+	}
+	client, err := clientv3.New(clientv3.Config{
+		Endpoints: s.etcd.Endpoints(), TLS: s.etcd.TLS(), Context: ctx,
+		DialOptions: []grpc.DialOption{grpc.WithContextDialer(func(ctx context.Context, address string) (net.Conn, error) {
+			return s.Laptop.Dial(ctx, "tcp", address)
+		})},
+	})
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	ctx, cancel := context.WithTimeout(ctx, stage.Patience)
+	defer cancel()
+	answer, err := client.Get(ctx, "/isthmus/"+args[0], clientv3.WithPrefix(), clientv3.WithKeysOnly())
+	if err != nil {
+		return err
+	}
+	for _, kv := range answer.Kvs {
+		s.out += fmt.Sprintf("%s written by revision %d\n", kv.Key, kv.ModRevision)
+	}
+	return nil
 }

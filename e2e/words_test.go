@@ -27,6 +27,7 @@ type play struct {
 	capture *bed.Capture
 	etcd    *bed.Etcd
 	follows map[string]*follow
+	front   *stage.Front
 }
 
 type key string
@@ -176,7 +177,7 @@ func wordMeshd(ctx context.Context, s *scene) error {
 	if err != nil {
 		return err
 	}
-	_, err = s.Control(ctx, args[0], stage.ControlConfig{Flags: flags, Etcd: s.etcd})
+	_, err = s.Control(ctx, args[0], stage.ControlConfig{Flags: flags, Etcd: s.etcd, Front: s.front})
 	return err
 }
 

@@ -27,6 +27,8 @@ type Control struct {
 type ControlConfig struct {
 	// Etcd is an external etcd that replicas share; nil means an embedded one.
 	Etcd *bed.Etcd
+	// Front, if any, is the load balancer under whose address all replicas are known.
+	Front *Front
 	// Flags are added to meshd's.
 	Flags []string
 }
@@ -49,6 +51,9 @@ func (s *Stage) Control(ctx context.Context, name string, config ControlConfig) 
 	}
 	s.controls[name] = c
 	s.mu.Unlock()
+	if config.Front != nil {
+		config.Front.add(host.Addr())
+	}
 	c.Process, err = host.Start(bed.Command{Name: "meshd", Path: s.programs.Path("meshd"), Args: c.flags(s, first, config)})
 	if err != nil {
 		return nil, err
@@ -65,10 +70,14 @@ func (s *Stage) Control(ctx context.Context, name string, config ControlConfig) 
 // flags are those of meshd. Its hosts share one host name, so that each replica is given
 // its own.
 func (c *Control) flags(s *Stage, first *Control, config ControlConfig) []string {
-	flags := []string{
-		"--data-dir", c.dataDir, "--replica", c.name, "--advertise", c.Host.Addr().String() + ":15012",
-		"--envoy-program", s.World.Binaries().Envoy, "--agent-program", s.programs.Path("mesh-agent"),
+	var flags []string
+	if config.Front != nil {
+		flags = append(flags, "--advertise", config.Front.Addr().String()+":15012")
 	}
+	flags = append(flags,
+		"--data-dir", c.dataDir, "--replica", c.name, "--advertise", c.Host.Addr().String()+":15012",
+		"--envoy-program", s.World.Binaries().Envoy, "--agent-program", s.programs.Path("mesh-agent"),
+	)
 	if first != nil {
 		// All replicas are one service: each is known under the first one's address too.
 		flags = append(flags, "--advertise", first.Host.Addr().String()+":15012", "--sealing-key", filepath.Join(first.dataDir, "sealing.key"))
