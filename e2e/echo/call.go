@@ -31,7 +31,7 @@ type caller struct {
 	host        string
 	headers     []string
 	halfClose   string // over TCP: end the own half "early", before anything is read, or "late"
-	fresh       bool // a new connection for each HTTP request
+	fresh       bool   // a new connection for each HTTP request
 	body        string
 	json        bool
 	changes     bool   // print when somebody else answers, or nobody

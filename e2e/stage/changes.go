@@ -100,19 +100,36 @@ type Delay struct {
 	Mesh, All time.Duration
 }
 
-// MeasureChanges takes the pod of a workload out of the service before it and puts it back,
-// n times together, by the label version=in that the service selects; the cluster's controllers do the
-// rest. It returns the delays of coming and of going.
+// Gate opens or closes the readiness gates of a workload's pods; they go on answering.
+func (s *Stage) Gate(ctx context.Context, cluster, workload string, open bool) error {
+	c, err := s.cluster(cluster)
+	if err != nil {
+		return err
+	}
+	pods, err := s.Pods(ctx, cluster, workload)
+	if err != nil || len(pods) == 0 {
+		return fmt.Errorf("%s in %s has %d pods: %w", workload, cluster, len(pods), err)
+	}
+	status := map[bool]string{true: "True", false: "False"}[open]
+	patch := fmt.Sprintf(`{"status":{"conditions":[{"type":"isthmus-mesh.io/gate","status":%q}]}}`, status)
+	for _, pod := range pods {
+		_, err := c.Client().CoreV1().Pods(pod.Namespace).Patch(ctx, pod.Name, types.StrategicMergePatchType, []byte(patch), metav1.PatchOptions{}, "status")
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// MeasureChanges makes the one pod of a workload unready and ready again, n times together,
+// by its readiness gate; the kubelet and the cluster's controllers do the rest. It returns
+// the delays of coming and of going.
 func (s *Stage) MeasureChanges(ctx context.Context, o *Observer, cluster, workload string, n int) (come, gone []Delay, err error) {
 	c, err := s.cluster(cluster)
 	if err != nil {
 		return nil, nil, err
 	}
 	namespace, name, _ := strings.Cut(workload, "/")
-	pods, err := s.Pods(ctx, cluster, workload)
-	if err != nil || len(pods) != 1 {
-		return nil, nil, fmt.Errorf("%s in %s has %d pods, want 1: %w", workload, cluster, len(pods), err)
-	}
 	endpoints, err := watchEndpoints(ctx, c, namespace, name)
 	if err != nil {
 		return nil, nil, err
@@ -120,13 +137,12 @@ func (s *Stage) MeasureChanges(ctx context.Context, o *Observer, cluster, worklo
 	defer endpoints.stop()
 	for i := range n {
 		in := i%2 == 1 // it is there at first
-		wait, value := "nobody", "out"
+		wait := "nobody"
 		if in {
-			wait, value = cluster+"/", "in"
+			wait = cluster + "/"
 		}
-		patch := fmt.Sprintf(`{"metadata":{"labels":{"version":%q}}}`, value)
 		began := time.Now()
-		if _, err := c.Client().CoreV1().Pods(namespace).Patch(ctx, pods[0].Name, types.MergePatchType, []byte(patch), metav1.PatchOptions{}); err != nil {
+		if err := s.Gate(ctx, cluster, workload, in); err != nil {
 			return come, gone, err
 		}
 		written, err := endpoints.until(ctx, in)

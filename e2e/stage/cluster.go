@@ -101,6 +101,11 @@ func (s *Stage) Deploy(ctx context.Context, cluster string, w Workload) error {
 	if err := s.Apply(ctx, cluster, manifests, w.Inject); err != nil {
 		return err
 	}
+	if w.Gated {
+		if _, err := Until(ctx, Patience, func() error { return s.Gate(ctx, cluster, w.Namespace+"/"+w.Name, true) }); err != nil {
+			return err
+		}
+	}
 	return s.WaitPods(ctx, cluster, w.Namespace+"/"+w.Name, max(1, w.Replicas))
 }
 

@@ -20,6 +20,7 @@ type Workload struct {
 	StatefulSet     bool
 	Inject          bool
 	Export          bool              // false: isthmus-mesh.io/export: "false"
+	Gated           bool              // a readiness gate, which Stage.Gate opens and closes
 	Labels          map[string]string // of the pods, besides app
 	Command         []string          // of the program; empty means serve
 	Args            []string          // further arguments
@@ -151,6 +152,9 @@ spec:
     spec:
       serviceAccountName: {{.Account}}
       terminationGracePeriodSeconds: {{.Grace}}
+{{- if .Gated}}
+      readinessGates: [{conditionType: isthmus-mesh.io/gate}]
+{{- end}}
       containers:
       - name: app
         image: isthmus/echo:dev
