@@ -194,9 +194,12 @@ func (b *build) service() {
 }
 
 // hosts are the endpoints that other networks may reach here: those that are ready, or if
-// there are none those that still serve while they terminate.
+// there are none those that still serve while they terminate, or else those that are not
+// ready. Callers know themselves that none is ready, and come only in the moment in which
+// they or the gateway have heard of a change and the other has not: who comes too early or
+// too late is let through, because callers take a gateway that turns them away for dead.
 func (b *build) hosts(list []federation.ServiceEndpoint, port uint32, labels map[string]string) (hosts []*endpointv3.LbEndpoint, present bool) {
-	var ready, terminating []*endpointv3.LbEndpoint
+	var ready, terminating, unready []*endpointv3.LbEndpoint
 	for i := range list {
 		e := &list[i]
 		target, ok := e.TargetPorts[port]
@@ -213,12 +216,16 @@ func (b *build) hosts(list []federation.ServiceEndpoint, port uint32, labels map
 			ready = append(ready, host)
 		case federation.Terminating:
 			terminating = append(terminating, host)
+		default:
+			unready = append(unready, host)
 		}
 	}
-	if len(ready) == 0 {
-		return terminating, present
+	for _, hosts := range [][]*endpointv3.LbEndpoint{ready, terminating} {
+		if len(hosts) > 0 {
+			return hosts, present
+		}
 	}
-	return ready, present
+	return unready, present
 }
 
 func covers(want, labels map[string]string) bool {

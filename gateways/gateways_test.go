@@ -117,8 +117,8 @@ func TestWhatAGatewayLetsIn(t *testing.T) {
 			[]string{"outbound_.80_._.pay.shop.svc.cluster.local 10.2.0.2:8080"}},
 		{"terminating when nothing else is left", snapshot(recordIn("west", "shop", "pay", endpointAt("10.2.0.3", "n2", terminating), endpointAt("10.2.0.4", "n2", notReady))),
 			[]string{"outbound_.80_._.pay.shop.svc.cluster.local 10.2.0.3:8080"}},
-		{"a cluster stays while its endpoints are unready", snapshot(recordIn("west", "shop", "pay", endpointAt("10.2.0.4", "n2", notReady))),
-			[]string{"outbound_.80_._.pay.shop.svc.cluster.local"}},
+		{"unready for who has not heard of it, or has heard before", snapshot(recordIn("west", "shop", "pay", endpointAt("10.2.0.4", "n2", notReady))),
+			[]string{"outbound_.80_._.pay.shop.svc.cluster.local 10.2.0.4:8080"}},
 	} {
 		t.Run(c.what, func(t *testing.T) {
 			t.Parallel()
