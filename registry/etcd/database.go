@@ -21,6 +21,8 @@ import (
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3client"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 )
 
 // DatabaseConfig says which etcd to use: an embedded one in DataDir, or the external one
@@ -105,6 +107,7 @@ func connect(config DatabaseConfig) (*Database, error) {
 		// sessions end.
 		DialKeepAliveTime: 2 * time.Second, DialKeepAliveTimeout: 2 * time.Second,
 		PermitWithoutStream: true, RejectOldCluster: true,
+		DialOptions:     []grpc.DialOption{grpc.WithConnectParams(reconnect)},
 		MaxUnaryRetries: 3, BackoffWaitBetween: 50 * time.Millisecond,
 		Logger: zapLogger(config.Log),
 	})
@@ -112,6 +115,13 @@ func connect(config DatabaseConfig) (*Database, error) {
 		return nil, fmt.Errorf("etcd %v: %w", config.Endpoints, err)
 	}
 	return &Database{client: client}, nil
+}
+
+// reconnect keeps trying: by default gRPC would wait up to two minutes after an etcd that
+// was away for long is back.
+var reconnect = grpc.ConnectParams{
+	Backoff:           backoff.Config{BaseDelay: 200 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 3 * time.Second},
+	MinConnectTimeout: 3 * time.Second,
 }
 
 func start(ctx context.Context, config DatabaseConfig) (*Database, error) {
