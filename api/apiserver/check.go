@@ -162,6 +162,25 @@ var conditionCodes = map[string]api.Code{
 	federation.GatewayReady:     api.ClusterNoGateway,
 }
 
+// rejoin is the command that joins a member again as it is.
+func rejoin(v *api.Cluster) string {
+	spec := v.GetSpec()
+	out := "mesh join cluster " + v.GetMetadata().GetName() + " --context CONTEXT --network " + spec.GetNetwork() + " --api-server " + spec.GetApiServer()
+	if spec.GetRole() == "primary" {
+		out += " --primary"
+	}
+	for _, a := range spec.GetGatewayAddresses() {
+		out += " --gateway-address " + a
+	}
+	if spec.GetAllowIstioCa() {
+		out += " --allow-istio-ca"
+	}
+	for _, g := range slices.Concat(spec.GetGrant().GetNamespaces(), spec.GetGrant().GetServiceAccounts()) {
+		out += " --grant '" + g + "'"
+	}
+	return out
+}
+
 func clusterFindings(v *api.Cluster) []*api.Finding {
 	var out []*api.Finding
 	name := v.GetMetadata().GetName()
@@ -176,7 +195,7 @@ func clusterFindings(v *api.Cluster) []*api.Finding {
 		}
 		switch code {
 		case api.CredentialsExpired:
-			f.Try = fmt.Sprintf("mesh join cluster %s --context CONTEXT --network %s", name, v.GetSpec().GetNetwork())
+			f.Try = rejoin(v)
 		case api.ClusterNoGateway:
 			f.Severity = severityWarning
 		}

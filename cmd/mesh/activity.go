@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -66,10 +67,12 @@ func (s *session) printActivity(a *api.Activity) {
 	if a.GetResult() != "ok" {
 		state = "failed"
 	}
-	line := fmt.Sprintf("%s  %s  %s", a.GetVerb(), a.GetObject(), a.GetActor())
-	if a.GetMessage() != "" {
-		line += "  " + a.GetMessage()
+	var parts []string
+	for _, part := range []string{a.GetVerb(), a.GetObject(), a.GetActor(), a.GetMessage()} {
+		if part != "" {
+			parts = append(parts, part)
+		}
 	}
 	fmt.Fprintf(s.stdout, "%s %s %s\n", a.GetTime().AsTime().UTC().Format(time.RFC3339),
-		s.style(s.stdout).mark(state), printable(line))
+		s.style(s.stdout).mark(state), fold(printable(strings.Join(parts, "  ")), s.columns(s.stdout), 6))
 }

@@ -369,12 +369,30 @@ func (j *join) admission(ctx context.Context) error {
 	if answer.GetOutcome() == "unchanged" || answer.GetOutcome() == "updated" {
 		j.known = answer.GetCluster()
 	}
+	if answer.GetOutcome() == "updated" {
+		j.differences(j.known.GetSpec(), j.cluster.GetSpec())
+	}
 	if answer.GetNewNetwork() {
 		j.steps.note("done", "", "network "+j.network+" is new: no other member is on it")
 	}
 	j.steps.note("done", "", "it may contribute "+grantText(j.cluster.GetSpec().GetGrant()))
 	j.findings(answer.GetFindings())
 	return nil
+}
+
+// differences says what a join changes of a member: a flag that was forgotten is seen here.
+func (j *join) differences(before, after *api.ClusterSpec) {
+	for _, d := range []struct{ what, before, after string }{
+		{"role", before.GetRole(), after.GetRole()},
+		{"network", before.GetNetwork(), after.GetNetwork()},
+		{"API server", before.GetApiServer(), after.GetApiServer()},
+		{"gateway addresses", strings.Join(before.GetGatewayAddresses(), ", "), strings.Join(after.GetGatewayAddresses(), ", ")},
+		{"grant", grantText(before.GetGrant()), grantText(after.GetGrant())},
+	} {
+		if d.before != d.after {
+			j.steps.note("warning", "", fmt.Sprintf("%s: %s %s %s", d.what, firstOf(d.before, "none"), j.style(j.stdout).arrow(), firstOf(d.after, "none")))
+		}
+	}
 }
 
 func grantText(g *api.Grant) string {
