@@ -240,7 +240,7 @@ func (s *Snapshot) Overlaps(virtual VirtualRanges) []Finding {
 			for _, r := range kind.ranges {
 				for _, v := range [...]netip.Prefix{virtual.V4, virtual.V6} {
 					if v.IsValid() && r.Overlaps(v) {
-						out = append(out, overlap(c, SeverityError, "%s range %s overlaps the virtual addresses %s; start meshd with another virtual range", kind.name, r, v))
+						out = append(out, overlap(c, SeverityError, "%s range %s overlaps the virtual addresses %s; start meshd with another range (--virtual-ipv4, --virtual-ipv6)", kind.name, r, v))
 					}
 				}
 			}
@@ -308,7 +308,7 @@ func (s *Snapshot) sharedAddresses(virtual VirtualRanges) []Finding {
 	}
 	for source, ip := range inside {
 		out = append(out, Finding{Code: CodeOverlap, Severity: SeverityError, Object: "source " + s.SourceName(source), Message: fmt.Sprintf(
-			"uses address %s, which is in the virtual ranges; start meshd with other virtual ranges", ip)})
+			"uses address %s, which is in the virtual ranges; start meshd with others (--virtual-ipv4, --virtual-ipv6)", ip)})
 	}
 	return out
 }

@@ -146,9 +146,9 @@ func TestOverlaps(t *testing.T) {
 	}
 	want := []string{
 		"MESH1022 Cluster east pod range 10.244.0.0/16 overlaps 10.244.0.0/16 of cluster near on the same network n1; join one of them with a network of its own",
-		"MESH1022 Cluster west service range 240.0.0.0/8 overlaps the virtual addresses 240.240.0.0/12; start meshd with another virtual range",
+		"MESH1022 Cluster west service range 240.0.0.0/8 overlaps the virtual addresses 240.240.0.0/12; start meshd with another range (--virtual-ipv4, --virtual-ipv6)",
 		"MESH1022 Network n1 address 10.0.0.1 is used by east and by near; give one of them a network of its own",
-		"MESH1022 source east uses address 240.250.0.1, which is in the virtual ranges; start meshd with other virtual ranges",
+		"MESH1022 source east uses address 240.250.0.1, which is in the virtual ranges; start meshd with others (--virtual-ipv4, --virtual-ipv6)",
 	}
 	if !slices.Equal(got, want) {
 		t.Errorf("findings:\n%s\nwant:\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))

@@ -15,6 +15,10 @@ import (
 // proxies' one.
 func (d *daemon) wireAdmin(context.Context) (err error) {
 	v, commit := version()
+	ranges, err := d.config.virtual()
+	if err != nil {
+		return err
+	}
 	mode := "external"
 	if d.database.Embedded() {
 		mode = "embedded"
@@ -24,6 +28,7 @@ func (d *daemon) wireAdmin(context.Context) (err error) {
 		Store: d.store, Authority: d.authority, Authenticator: d.attestor, Tokens: d.tokens,
 		Audit: d.audit, AuditPath: d.config.path("audit.jsonl"), Sources: d.runner, Proxies: d.streams,
 		Findings: d.pipeline.Findings, Certificate: d.serving.Certificate,
+		Virtual: ranges, CaptureTo: []string{ranges.V4.String(), ranges.V6.String()},
 		Advertised: d.config.Advertise, AdminAddress: d.config.adminAddresses()[0],
 		AgentBinary: program(d.config.AgentProgram, "mesh-agent"), EnvoyBinary: program(d.config.EnvoyProgram, ""),
 		Replica: d.replica, Version: v, Commit: commit, EtcdMode: mode, Started: d.started,

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -16,6 +17,7 @@ import (
 	"github.com/spf13/pflag"
 	"sigs.k8s.io/yaml"
 
+	"github.com/isthmus-mesh/isthmus/federation"
 	"github.com/isthmus-mesh/isthmus/xds"
 )
 
@@ -70,6 +72,11 @@ type Configuration struct {
 	// meshd if empty, and none.
 	AgentProgram string `json:"agentProgram,omitempty"`
 	EnvoyProgram string `json:"envoyProgram,omitempty"`
+
+	// VirtualIPv4 and VirtualIPv6 are the ranges of virtual addresses, which no cluster and
+	// no machine may use otherwise. They cannot be changed while addresses are in use.
+	VirtualIPv4 string `json:"virtualIPv4,omitempty"`
+	VirtualIPv6 string `json:"virtualIPv6,omitempty"`
 
 	// CertificateLifetime of workloads; 24h if empty.
 	CertificateLifetime Duration `json:"certificateLifetime,omitzero"`
@@ -146,6 +153,8 @@ func (f *flagValues) add(fs *pflag.FlagSet) {
 	fs.DurationVar((*time.Duration)(&c.DrainDelay), "drain-delay", 0, "how long to go on, not ready, after it was told to stop")
 	fs.StringVar(&c.AgentProgram, "agent-program", "", "mesh-agent for machines that onboard (default: the one beside meshd)")
 	fs.StringVar(&c.EnvoyProgram, "envoy-program", "", "Envoy for machines that onboard (default: none, they bring their own)")
+	fs.StringVar(&c.VirtualIPv4, "virtual-ipv4", federation.VirtualV4.String(), "range of virtual addresses; it cannot be changed while some are in use")
+	fs.StringVar(&c.VirtualIPv6, "virtual-ipv6", federation.VirtualV6.String(), "range of virtual addresses; it cannot be changed while some are in use")
 	fs.DurationVar((*time.Duration)(&c.CertificateLifetime), "certificate-lifetime", 24*time.Hour, "of workloads' certificates")
 }
 
@@ -236,6 +245,9 @@ func (c *Configuration) validate() error {
 	if err := xds.CheckAccessLogFormat(c.Log.Access); err != nil {
 		return fmt.Errorf("--access-log-format: %w", err)
 	}
+	if _, err := c.virtual(); err != nil {
+		return err
+	}
 	if d := time.Duration(c.CertificateLifetime); d < 5*time.Minute || d > 7*24*time.Hour {
 		return fmt.Errorf("--certificate-lifetime %v: want 5m to 168h", d)
 	}
@@ -277,6 +289,17 @@ func (c *Configuration) validateState() error {
 		return fmt.Errorf("--etcd-prefix %q: want one that ends with a slash, as /isthmus/", c.Etcd.Prefix)
 	}
 	return nil
+}
+
+// virtual are the ranges of virtual addresses.
+func (c *Configuration) virtual() (r federation.VirtualRanges, err error) {
+	if r.V4, err = netip.ParsePrefix(c.VirtualIPv4); err != nil || !r.V4.Addr().Is4() {
+		return r, fmt.Errorf("--virtual-ipv4 %q: want an IPv4 range, for example %s", c.VirtualIPv4, federation.VirtualV4)
+	}
+	if r.V6, err = netip.ParsePrefix(c.VirtualIPv6); err != nil || !r.V6.Addr().Is6() {
+		return r, fmt.Errorf("--virtual-ipv6 %q: want an IPv6 range, for example %s", c.VirtualIPv6, federation.VirtualV6)
+	}
+	return r, nil
 }
 
 // path of a file in the data directory.

@@ -26,6 +26,10 @@ func (d *daemon) wireSources(context.Context) error {
 	})
 	d.metrics.MustRegister(d.runner)
 	d.run("sources", d.runner.Run)
-	d.run("addresses", registry.Allocator{Store: d.store, Log: d.log.With("component", "addresses")}.Run)
+	ranges, err := d.config.virtual()
+	if err != nil {
+		return err
+	}
+	d.run("addresses", registry.Allocator{Store: d.store, Ranges: ranges, Log: d.log.With("component", "addresses")}.Run)
 	return nil
 }
