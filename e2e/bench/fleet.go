@@ -325,14 +325,15 @@ func (b *bench) changes(ctx context.Context, hub *stage.Control, look peek, c *s
 	if big.bytes > worst.bytes {
 		worst = big
 	}
-	b.report("etcd-bytes-per-change", worst.bytes, "an endpoint becomes ready or unready, %d times: %.0f bytes of keys and values for a service of %d endpoints, %.0f for one of %d; as meshd counts them",
+	b.report("etcd-bytes-per-change", worst.bytes, "an endpoint becomes ready or unready, median of %d times: %.0f bytes of keys and values for a service of %d endpoints, %.0f for one of %d; as meshd counts them",
 		changes, small.bytes, f.endpoints, big.bytes, large.endpoints)
-	b.report("etcd-txn-per-change", max(small.transactions, big.transactions), "the same changes; etcd's own revision rose by %.2f and %.2f a change, and by %d in 5 s without one",
+	b.report("etcd-txn-per-change", max(small.transactions, big.transactions), "the same changes, median; etcd's own revision rose by %.2f and %.2f a change on average, and by %d in 5 s without one",
 		small.revisions, big.revisions, small.idle)
 	return nil
 }
 
-// cost is what one change costs etcd.
+// cost is what one change costs etcd: bytes and transactions are medians, so that what
+// meshd writes for itself now and then is not counted; revisions are the average of all.
 type cost struct {
 	bytes, transactions, revisions float64
 	idle                           int64 // revisions while nothing changed
@@ -357,6 +358,7 @@ func (b *bench) flip(ctx context.Context, hub *stage.Control, look peek, client 
 	if err != nil {
 		return total, err
 	}
+	var eachBytes, eachTransactions []float64
 	first := revision
 	for i := range n {
 		service := i % f.services
@@ -384,11 +386,16 @@ func (b *bench) flip(ctx context.Context, hub *stage.Control, look peek, client 
 		if revision, err = look.revision(ctx); err != nil {
 			return total, err
 		}
+		nowBytes, nowTransactions, err := written(ctx, hub)
+		if err != nil {
+			return total, err
+		}
+		eachBytes, eachTransactions = append(eachBytes, nowBytes-bytes), append(eachTransactions, nowTransactions-transactions)
+		bytes, transactions = nowBytes, nowTransactions
 	}
-	bytesAfter, transactionsAfter, err := written(ctx, hub)
-	total.bytes, total.transactions = (bytesAfter-bytes)/float64(n), (transactionsAfter-transactions)/float64(n)
+	total.bytes, total.transactions = quantile(eachBytes, 0.5), quantile(eachTransactions, 0.5)
 	total.revisions = float64(revision-first) / float64(n)
-	return total, err
+	return total, nil
 }
 
 // written is what meshd has written to etcd so far.
