@@ -257,6 +257,7 @@ func TestGatewaysAreToldFirst(t *testing.T) {
 		}
 		for i := range 10 {
 			time.Sleep(time.Second)
+			synctest.Wait()
 			roles = nil
 			s = later(s)
 			changed := record("kube:west", endpoint(server))
@@ -264,6 +265,7 @@ func TestGatewaysAreToldFirst(t *testing.T) {
 			s.Records[changed.Name] = []*federation.Record{changed}
 			p.Update(s)
 			time.Sleep(time.Second)
+			synctest.Wait()
 			if len(roles) != 6 || roles[0] != federation.GatewayRole {
 				t.Errorf("change %d was computed for %v; want the gateway first, then 5 sidecars", i, roles)
 			}
