@@ -149,7 +149,7 @@ func (s *shop) expect(ctx context.Context, want map[string]string) error {
 // only some pods of a service have changed, some requests still go elsewhere.
 func (s *shop) settle(ctx context.Context, want map[string]string) error {
 	took, err := stage.Until(ctx, stage.Patience, func() error {
-		for range 5 {
+		for range 15 {
 			if err := s.expect(ctx, want); err != nil {
 				return err
 			}
@@ -217,6 +217,10 @@ func (s *shop) failover(ctx context.Context) error {
 
 func (s *shop) recover(ctx context.Context) error {
 	if err := s.tellCatalogue(ctx, "ready"); err != nil {
+		return err
+	}
+	// With one pod back and one not, some requests would still leave, as they should.
+	if err := s.WaitPods(ctx, "east", "shop/catalogue", 2); err != nil {
 		return err
 	}
 	return s.show(ctx, map[string]string{"catalogue": "east", "payments": "west", "stock": ""})
