@@ -115,7 +115,9 @@ func sameState(t *testing.T, client *clientv3.Client, prefix string, want *feder
 	if err != nil || credentials.Reader.Token != "of east" {
 		t.Errorf("credentials of east: %v, %v", credentials, err)
 	}
-	if holders := store.Holders(); len(holders) > 0 {
+	holders := store.Holders()
+	delete(holders, "meshd:maintenance") // this very store may have begun to look after etcd
+	if len(holders) > 0 {
 		t.Errorf("sessions of dead processes came back: %v", holders)
 	}
 	vm := store.VMs()[registry.VMName{Network: "n3", Name: "web-1"}]
