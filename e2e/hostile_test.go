@@ -5,7 +5,6 @@ package e2e
 import (
 	"context"
 	"fmt"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -52,8 +51,8 @@ func wordInterrupt(ctx context.Context, s *scene) error {
 	}
 	r, err := s.Interrupt(ctx, args[0], rest...)
 	s.out = r.Stdout
-	if want := first(s.opts["code"], "130"); err == nil && want != strconv.Itoa(r.Code) {
-		err = fmt.Errorf("exit code %d, want %s\n%s", r.Code, want, s.out)
+	if err == nil {
+		err = s.exited(r.Code, "130")
 	}
 	return err
 }
@@ -72,22 +71,18 @@ func wordKnown(_ context.Context, s *scene) error {
 
 // wordDenied makes an agent renew its certificate, and reads in its log what became of it.
 func wordDenied(ctx context.Context, s *scene) error {
-	args, _, err := s.need(2)
-	if err != nil {
-		return err
-	}
-	pod, err := s.FirstPod(ctx, args[0], args[1])
+	cluster, pod, err := s.pod(ctx)
 	if err != nil {
 		return err
 	}
 	asked := time.Now()
-	if err := s.Signal(args[0], pod, stage.ProxyContainer, syscall.SIGHUP); err != nil {
+	if err := s.Signal(cluster, pod, stage.ProxyContainer, syscall.SIGHUP); err != nil {
 		return err
 	}
 	namespace, name, _ := strings.Cut(pod, "/")
 	_, err = stage.Until(ctx, stage.Patience, func() error {
 		since := "--since-time=" + asked.Add(-time.Second).UTC().Format(time.RFC3339)
-		r, err := s.Kubectl(ctx, args[0], nil, "logs", "-n", namespace, name, "-c", stage.ProxyContainer, since)
+		r, err := s.Kubectl(ctx, cluster, nil, "logs", "-n", namespace, name, "-c", stage.ProxyContainer, since)
 		if err != nil {
 			return err
 		}

@@ -111,11 +111,7 @@ func wordVMCall(ctx context.Context, s *scene) error {
 	if err != nil {
 		return err
 	}
-	flags = append([]string{args[1], "-n", first(s.opts["n"], "1")}, flags...)
-	if want, ok := s.opts["want"]; ok {
-		flags = append(flags, "--want", want)
-	}
-	report, err := s.CallFromVM(ctx, args[0], flags...)
+	report, err := s.CallFromVM(ctx, args[0], s.callFlags(args[1], flags)...)
 	s.out = report.Text
 	return errors.Join(err, report.Err)
 }

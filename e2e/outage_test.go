@@ -3,7 +3,6 @@
 package e2e
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -21,7 +20,6 @@ import (
 	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
-	"github.com/isthmus-mesh/isthmus/e2e/bed"
 	"github.com/isthmus-mesh/isthmus/e2e/stage"
 	"github.com/isthmus-mesh/isthmus/registry/kube"
 )
@@ -31,8 +29,8 @@ import (
 //	assignment CLUSTER NS/APP HOST     what the Envoy was told of a service's endpoints, every byte
 //	restart-proxy CLUSTER NS/APP       its first pod's agent and Envoy are killed; until they are back
 //	forbid, allow CLUSTER RESOURCE     what meshd's account may read of a kind in a member
-//	follow NAME CLUSTER ARG…           kubectl logs --follow of what runs now, in the background
-//	followed NAME                      waits until those have ended, and prints what they logged
+//	follow NAME CLUSTER NS/APP         the logs of the pods that a workload has now
+//	followed NAME                      waits until these pods have ended, and prints what they logged
 //	front NAME                         a load balancer before all replicas that come after it
 //	meanwhile DURATION                 an outage goes on for as long
 //	etcd-state PREFIX                  the keys below /isthmus/PREFIX and the revisions that wrote them
@@ -94,24 +92,20 @@ func assignments(dump, host string) (string, error) {
 // wordRestartProxy kills the proxy container of a workload's first pod and waits until its
 // kubelet's next one is live.
 func wordRestartProxy(ctx context.Context, s *scene) error {
-	args, _, err := s.need(2)
+	cluster, pod, err := s.pod(ctx)
 	if err != nil {
 		return err
 	}
-	pod, err := s.FirstPod(ctx, args[0], args[1])
+	before, err := s.uptime(ctx, cluster, pod)
 	if err != nil {
 		return err
 	}
-	before, err := s.uptime(ctx, args[0], pod)
-	if err != nil {
-		return err
-	}
-	if err := s.Signal(args[0], pod, stage.ProxyContainer, syscall.SIGKILL); err != nil {
+	if err := s.Signal(cluster, pod, stage.ProxyContainer, syscall.SIGKILL); err != nil {
 		return err
 	}
 	killed := time.Now()
 	took, err := stage.Until(ctx, stage.Patience, func() error {
-		now, err := s.uptime(ctx, args[0], pod)
+		now, err := s.uptime(ctx, cluster, pod)
 		if err == nil && now > before+time.Since(killed) {
 			err = errors.New("the old Envoy still runs")
 		}
@@ -138,23 +132,19 @@ func (s *scene) uptime(ctx context.Context, cluster, pod string) (time.Duration,
 
 // wordRenew makes an agent renew its certificate, and waits until its Envoy uses the new one.
 func wordRenew(ctx context.Context, s *scene) error {
-	args, _, err := s.need(2)
+	cluster, pod, err := s.pod(ctx)
 	if err != nil {
 		return err
 	}
-	pod, err := s.FirstPod(ctx, args[0], args[1])
+	before, err := s.serial(ctx, cluster, pod)
 	if err != nil {
 		return err
 	}
-	before, err := s.serial(ctx, args[0], pod)
-	if err != nil {
-		return err
-	}
-	if err := s.Signal(args[0], pod, stage.ProxyContainer, syscall.SIGHUP); err != nil {
+	if err := s.Signal(cluster, pod, stage.ProxyContainer, syscall.SIGHUP); err != nil {
 		return err
 	}
 	took, err := stage.Until(ctx, stage.Patience, func() error {
-		now, err := s.serial(ctx, args[0], pod)
+		now, err := s.serial(ctx, cluster, pod)
 		if err == nil && now == before {
 			err = fmt.Errorf("the certificate is still %s", before)
 		}
@@ -217,29 +207,19 @@ func (s *scene) serial(ctx context.Context, cluster, pod string) (string, error)
 	return "", fmt.Errorf("Envoy in %s shows no certificate", pod)
 }
 
-// follow is kubectl logs in the background.
-type follow struct {
-	process *bed.Process
-	out     *bytes.Buffer // once the process is done
-}
-
-func wordFollow(_ context.Context, s *scene) error {
-	args, rest, err := s.need(2)
+func wordFollow(ctx context.Context, s *scene) error {
+	args, _, err := s.need(3)
 	if err != nil {
 		return err
 	}
-	f := &follow{out: new(bytes.Buffer)}
-	f.process, err = s.Laptop.Start(bed.Command{
-		Name: "follow-" + args[0], Path: s.World.Binaries().Kubectl, Stdout: f.out, Stderr: f.out,
-		Args: append([]string{"--context", args[1], "logs", "--follow", "--prefix"}, rest...),
-	})
 	if s.follows == nil {
-		s.follows = map[string]*follow{}
+		s.follows = map[string]*stage.Follow{}
 	}
-	s.follows[args[0]] = f
+	s.follows[args[0]], err = s.Follow(ctx, args[1], args[2])
 	return err
 }
 
+// wordFollowed waits longer than for anything else: pods may drain for 40 s.
 func wordFollowed(_ context.Context, s *scene) error {
 	args, _, err := s.need(1)
 	if err != nil {
@@ -249,13 +229,8 @@ func wordFollowed(_ context.Context, s *scene) error {
 	if !ok {
 		return fmt.Errorf("nothing is followed as %q", args[0])
 	}
-	select {
-	case <-f.process.Done():
-	case <-time.After(2 * stage.Patience):
-		return fmt.Errorf("what is followed as %s has not ended", args[0])
-	}
-	s.out = f.out.String()
-	return f.process.Err()
+	s.out, err = f.Ended(2 * stage.Patience)
+	return err
 }
 
 // wordPortion calls and checks what share of the answers came from one workload's pods.
@@ -298,27 +273,18 @@ func wordPortion(ctx context.Context, s *scene) error {
 var answersOfPod = regexp.MustCompile(`[ ,][^ /]+/(\S+) (\d+)`)
 
 func wordOperate(ctx context.Context, s *scene) error {
-	args, rest, err := s.need(2)
+	c, args, err := s.control(2)
 	if err != nil {
 		return err
 	}
-	c, ok := s.Controls()[args[0]]
-	if !ok {
-		return fmt.Errorf("there is no meshd %q", args[0])
-	}
-	out, err := c.Operate(ctx, append([]string{args[1]}, rest...)...)
-	s.out = out
+	s.out, err = c.Operate(ctx, args...)
 	return err
 }
 
 func wordLose(_ context.Context, s *scene) error {
-	args, _, err := s.need(1)
+	c, _, err := s.control(1)
 	if err != nil {
 		return err
-	}
-	c, ok := s.Controls()[args[0]]
-	if !ok {
-		return fmt.Errorf("there is no meshd %q", args[0])
 	}
 	return c.Lose()
 }

@@ -2,10 +2,7 @@
 
 package e2e
 
-import (
-	"context"
-	"fmt"
-)
+import "context"
 
 // replicaWords are about several replicas of the control service.
 //
@@ -13,13 +10,9 @@ import (
 var replicaWords = map[string]word{"ask": wordAsk}
 
 func wordAsk(ctx context.Context, s *scene) error {
-	args, rest, err := s.need(1)
+	c, rest, err := s.control(1)
 	if err != nil {
 		return err
-	}
-	c, ok := s.Controls()[args[0]]
-	if !ok {
-		return fmt.Errorf("there is no replica %q", args[0])
 	}
 	asked := *s
 	asked.args = append([]string{"--config", c.AdminFile()}, rest...)

@@ -26,7 +26,7 @@ type play struct {
 	loads   map[string]*stage.Load
 	capture *bed.Capture
 	etcd    *bed.Etcd
-	follows map[string]*follow
+	follows map[string]*stage.Follow
 	front   *stage.Front
 }
 
@@ -131,6 +131,47 @@ func (s *scene) need(n int) ([]string, []string, error) {
 	return s.args[:n], s.args[n:], nil
 }
 
+// pod takes the first two arguments, CLUSTER and NAMESPACE/APP, for a workload's first pod,
+// "namespace/name".
+func (s *scene) pod(ctx context.Context) (cluster, pod string, err error) {
+	args, _, err := s.need(2)
+	if err != nil {
+		return "", "", err
+	}
+	pod, err = s.FirstPod(ctx, args[0], args[1])
+	return args[0], pod, err
+}
+
+// control takes the first argument for the name of a replica of the control service.
+func (s *scene) control(n int) (c *stage.Control, rest []string, err error) {
+	args, _, err := s.need(n)
+	if err != nil {
+		return nil, nil, err
+	}
+	c, ok := s.Controls()[args[0]]
+	if !ok {
+		return nil, nil, fmt.Errorf("there is no meshd %q", args[0])
+	}
+	return c, s.args[1:], nil
+}
+
+// exited checks the exit code of a program against code=, or against what is usual.
+func (s *scene) exited(code int, usual string) error {
+	if want := first(s.opts["code"], usual); want != strconv.Itoa(code) {
+		return fmt.Errorf("exit code %d, want %s\n%s", code, want, s.out)
+	}
+	return nil
+}
+
+// callFlags are those of `echo call` for a URL and the options n= and want=.
+func (s *scene) callFlags(url string, more []string) []string {
+	flags := append([]string{url, "-n", first(s.opts["n"], "1")}, more...)
+	if want, ok := s.opts["want"]; ok {
+		flags = append(flags, "--want", want)
+	}
+	return flags
+}
+
 func (s *scene) number(name string, otherwise int) (int, error) {
 	text, ok := s.opts[name]
 	if !ok {
@@ -209,8 +250,8 @@ func wordJoin(ctx context.Context, s *scene) error {
 func wordMesh(ctx context.Context, s *scene) error {
 	r, err := s.Mesh(ctx, s.args...)
 	s.out = r.Stdout + r.Stderr
-	if want := first(s.opts["code"], "0"); err == nil && want != strconv.Itoa(r.Code) {
-		err = fmt.Errorf("exit code %d, want %s\n%s", r.Code, want, s.out)
+	if err == nil {
+		err = s.exited(r.Code, "0")
 	}
 	return err
 }
@@ -287,11 +328,7 @@ func wordCall(ctx context.Context, s *scene) error {
 	if err != nil {
 		return err
 	}
-	flags = append([]string{args[2], "-n", first(s.opts["n"], "1")}, flags...)
-	if want, ok := s.opts["want"]; ok {
-		flags = append(flags, "--want", want)
-	}
-	report, err := s.Call(ctx, args[0], args[1], flags...)
+	report, err := s.Call(ctx, args[0], args[1], s.callFlags(args[2], flags)...)
 	if err != nil {
 		return err
 	}
