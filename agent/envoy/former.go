@@ -8,8 +8,9 @@ import (
 	"os"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // A process is known by its number together with its start time: numbers are
@@ -46,16 +47,43 @@ func (p *Process) endFormer() error {
 		return nil
 	}
 	p.Log.Warn("ending the envoy of a former agent", "pid", pid)
-	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
+	if err := killAndWait(pid, started); err != nil {
 		return fmt.Errorf("end former envoy %d: %w", pid, err)
 	}
-	for deadline := time.Now().Add(5 * time.Second); startTime(pid) == started; {
-		if time.Now().After(deadline) {
-			return fmt.Errorf("former envoy %d does not end", pid)
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
 	return nil
+}
+
+// killAndWait ends the process that has the number and began then, which need not be a
+// child of ours, and returns when it has ended. It is done too if that one is gone.
+func killAndWait(pid int, started string) error {
+	fd, err := unix.PidfdOpen(pid, 0)
+	if errors.Is(err, unix.ESRCH) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	if startTime(pid) != started {
+		return nil // gone between two looks, and its number may be another's: fd stands for one of them for good
+	}
+	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
+		return err
+	}
+	const patience = 5 * time.Second
+	for deadline := time.Now().Add(patience); ; {
+		left := time.Until(deadline)
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(max(0, left).Milliseconds()))
+		switch {
+		case errors.Is(err, unix.EINTR):
+		case err != nil:
+			return err
+		case n > 0:
+			return nil
+		case left <= 0:
+			return fmt.Errorf("it does not end within %v of SIGKILL", patience)
+		}
+	}
 }
 
 // startTime is field 22 of /proc/<pid>/stat, in clock ticks after boot; empty

@@ -3,6 +3,7 @@
 package apiserver_test
 
 import (
+	"context"
 	"errors"
 	"io"
 	"slices"
@@ -43,16 +44,17 @@ func (w *world) phase(t *testing.T) *api.VMStatus {
 // awaitPhase waits until the machine is in a phase.
 func (w *world) awaitPhase(t *testing.T, phase string) *api.VMStatus {
 	t.Helper()
-	deadline := time.Now().Add(registrytest.Patience)
+	ctx, cancel := context.WithTimeout(t.Context(), registrytest.Patience)
+	defer cancel()
 	for {
+		seen := w.store.Health().Revision
 		st := w.phase(t)
 		if st.GetPhase() == phase {
 			return st
 		}
-		if time.Now().After(deadline) {
-			t.Fatalf("phase %s, want %s: %v", st.GetPhase(), phase, st)
+		if err := w.store.WaitFor(ctx, int64(seen)+1); err != nil {
+			t.Fatalf("phase %s, want %s: %v, %v", st.GetPhase(), phase, st, err)
 		}
-		time.Sleep(10 * time.Millisecond)
 	}
 }
 
