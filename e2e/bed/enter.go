@@ -9,7 +9,9 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"regexp"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -26,6 +28,9 @@ const (
 	tmpDir   = runDir + "/tmp"
 	netnsDir = "/run/netns" // where `ip netns` looks
 	insideOf = runDir + "/inside"
+
+	// ProgramsDir is for programs that containers are to find at a place of their own.
+	ProgramsDir = "/run/programs"
 )
 
 // Environment variables between the stages of a program that enters the bed.
@@ -298,39 +303,59 @@ func without(environ []string, name string) []string {
 	return kept
 }
 
-// traces are what a bed could leave on a machine.
+// traces are what a bed could leave on a machine. What others do there meanwhile is none
+// of its business.
 type traces struct {
-	interfaces map[string]bool
-	mounts     map[string]bool
-	files      map[string]bool
+	interfaces map[string]int
+	mounts     map[string]int // how many lie on one another
+	files      map[string]int
+}
+
+// ownInterface matches the names that portName gives, and the bridges'.
+var ownInterface = regexp.MustCompile(`^(.{1,6}-[0-9a-f]{8}|` + transitBridge + `|` + podBridge + `)$`)
+
+// ownMounts are the places that the bed, its VMs and its containers mount over, in mount
+// namespaces of their own.
+var ownMounts = slices.Concat([]string{"/", "/proc", "/sys", "/run", "/tmp", "/dev/shm"}, layered, private)
+
+// worldPattern matches the names of worlds' namespaces.
+const worldPattern = "w[0-9]*-*"
+
+func ownMount(target string) bool {
+	named, _ := filepath.Match(filepath.Join(netnsDir, worldPattern), target) // the pattern is good
+	return named || slices.Contains(ownMounts, target) || strings.HasPrefix(target, runDir+"/") || strings.HasPrefix(target, ProgramsDir+"/")
 }
 
 // observe notes what is there now.
 func observe() (traces, error) {
-	t := traces{make(map[string]bool), make(map[string]bool), make(map[string]bool)}
+	t := traces{make(map[string]int), make(map[string]int), make(map[string]int)}
 	links, err := netlink.LinkList()
 	if err != nil {
 		return t, fmt.Errorf("list interfaces: %w", err)
 	}
 	for _, link := range links {
-		t.interfaces[link.Attrs().Name] = true
+		if name := link.Attrs().Name; ownInterface.MatchString(name) {
+			t.interfaces[name]++
+		}
 	}
 	text, err := os.ReadFile("/proc/thread-self/mountinfo")
 	if err != nil {
 		return t, err
 	}
 	for line := range strings.Lines(string(text)) {
-		if fields := strings.Fields(line); len(fields) > 4 {
-			t.mounts[fields[4]] = true
+		if fields := strings.Fields(line); len(fields) > 4 && ownMount(fields[4]) {
+			t.mounts[fields[4]]++
 		}
 	}
-	for _, pattern := range []string{runDir + "/*", netnsDir + "/*", filepath.Join(os.TempDir(), "isthmus*")} {
+	for _, pattern := range []string{runDir + "/*", filepath.Join(netnsDir, worldPattern), filepath.Join(os.TempDir(), "isthmus*")} {
 		paths, err := filepath.Glob(pattern)
 		if err != nil {
 			return t, err
 		}
 		for _, path := range paths {
-			t.files[path] = true
+			if !lockedFolder(path) {
+				t.files[path]++
+			}
 		}
 	}
 	return t, nil
@@ -345,9 +370,9 @@ func (before traces) left(space string) []string {
 		return []string{err.Error()}
 	}
 	var left []string
-	list := func(kind string, now, before map[string]bool) {
-		for name := range now {
-			if !before[name] {
+	list := func(kind string, now, before map[string]int) {
+		for name, n := range now {
+			if n > before[name] {
 				left = append(left, kind+" "+name)
 			}
 		}

@@ -113,7 +113,7 @@ func (s *Stage) startDNS(ctx context.Context, n *nodes, c *bed.Cluster) (netip.A
 // cannot go through a home directory, where checkouts and caches often are; and proxies
 // mount a volume over /run/isthmus, where the world's own folder is.
 func (s *Stage) shelf(name string) string {
-	return filepath.Join("/run/programs", s.World.Name(), name)
+	return filepath.Join(bed.ProgramsDir, s.World.Name(), name)
 }
 
 // fillShelf shows every program there.

@@ -106,11 +106,12 @@ type Doors struct {
 func (s *Stage) OpenDoors(ctx context.Context, cluster, workload string, port uint16) (Doors, error) {
 	var d Doors
 	// Not the bed's own folder for temporary files, which nobody outside can see.
-	dir, err := os.MkdirTemp("/tmp", "isthmus-demo-")
+	folder, err := bed.NewFolder("/tmp", "isthmus-demo-")
 	if err != nil {
 		return d, err
 	}
-	s.World.OnClose(func() error { return os.RemoveAll(dir) })
+	s.World.OnClose(folder.Remove)
+	dir := folder.Path
 	d.Kubeconfig, d.MeshConfig, d.Programs = filepath.Join(dir, "kubeconfig"), filepath.Join(dir, "admin.conf"), filepath.Join(dir, "bin")
 	kubeconfig, err := s.World.ForwardedKubeconfig()
 	if err != nil {

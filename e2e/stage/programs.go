@@ -4,12 +4,12 @@ package stage
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"syscall"
+
+	"github.com/isthmus-mesh/isthmus/e2e/bed"
 )
 
 // programsVar names the folder of our own programs for the inside of the bed.
@@ -28,16 +28,12 @@ func BuildPrograms(ctx context.Context) (remove func(), err error) {
 	if os.Getenv(programsVar) != "" {
 		return func() {}, nil
 	}
-	sweepPrograms()
-	dir, err := os.MkdirTemp("", programsPrefix)
+	folder, err := bed.NewFolder(os.TempDir(), "programs-of-isthmus-")
 	if err != nil {
 		return nil, err
 	}
-	used, err := holdFolder(dir)
-	if err != nil {
-		return nil, errors.Join(err, os.RemoveAll(dir))
-	}
-	remove = func() { os.RemoveAll(dir); used.Close() }
+	dir := folder.Path
+	remove = func() { folder.Remove() }
 	build := exec.CommandContext(ctx, "go", "build", "-trimpath", "-o", dir+"/",
 		module+"/cmd/meshd", module+"/cmd/mesh", module+"/cmd/mesh-agent", module+"/e2e/echo")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
@@ -46,36 +42,6 @@ func BuildPrograms(ctx context.Context) (remove func(), err error) {
 		return nil, fmt.Errorf("build the programs: %w\n%s", err, out)
 	}
 	return remove, os.Setenv(programsVar, dir)
-}
-
-// programsPrefix begins the names of the folders of BuildPrograms. The bed's own watch over
-// what is left takes no notice of them: they are made and removed outside of it.
-const programsPrefix = "programs-of-isthmus-"
-
-// holdFolder locks a folder for as long as this process lives and the file is open.
-func holdFolder(dir string) (*os.File, error) {
-	file, err := os.OpenFile(filepath.Join(dir, ".lock"), os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	if err := syscall.Flock(int(file.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
-		return nil, errors.Join(err, file.Close())
-	}
-	return file, nil
-}
-
-// sweepPrograms removes the folders of test runs that were killed: nobody locks them.
-func sweepPrograms() {
-	folders, _ := filepath.Glob(filepath.Join(os.TempDir(), programsPrefix+"*")) // the pattern is good
-	for _, dir := range folders {
-		if _, err := os.Stat(filepath.Join(dir, ".lock")); err != nil {
-			continue // just being made
-		}
-		if file, err := holdFolder(dir); err == nil {
-			os.RemoveAll(dir)
-			file.Close()
-		}
-	}
 }
 
 const module = "github.com/isthmus-mesh/isthmus"
