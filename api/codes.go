@@ -41,6 +41,7 @@ const (
 	ManyEndpoints        Code = "MESH2102"
 	OverBudget           Code = "MESH2103"
 	ObjectTooLarge       Code = "MESH2104"
+	IstioProxies         Code = "MESH2105"
 	PortProtocolConflict Code = "MESH2201"
 	ServiceTypeConflict  Code = "MESH2202"
 	PortNameConflict     Code = "MESH2203"
@@ -228,6 +229,11 @@ var explanations = map[Code]Explanation{
 		Title:   "an object is too large and is left out",
 		Meaning: "The object is larger than what the store takes, for example because of a huge annotation.",
 		Remedy:  "Make the object that the message names smaller.",
+	},
+	IstioProxies: {
+		Title:   "a cluster has proxies of Istio's, and did not opt in to them",
+		Meaning: "Pods with Istio's proxy speak mutual TLS with certificates of Istio's authority, which the mesh's proxies do not trust. So they count as pods without a proxy: they are called in plaintext, other networks do not reach them, and Istio's east-west gateways are not used.",
+		Remedy:  "If they get their certificates from the mesh, run the join again with --allow-istio-ca. If not, give them the mesh's proxy: mesh inject -f FILE | kubectl apply -f -",
 	},
 	PortProtocolConflict: {
 		Title:   "clusters disagree on the protocol of a port",

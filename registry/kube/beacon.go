@@ -32,7 +32,7 @@ type beaconRow struct {
 func (r *run) beat(ctx context.Context) {
 	watching, stop := context.WithCancel(ctx)
 	defer stop()
-	returned := newTable(beaconOf, same[beaconRow], r.beaconReturned)
+	returned := newTable(&registry.Interner{}, beaconOf, same[beaconRow], r.beaconReturned)
 	go returned.follow(watching, "beacon", &coordinationv1.Lease{},
 		r.typed(func(a *API) restClient { return a.leases }, "leases", Namespace, "metadata.name="+beaconLease), r.guard)
 	var since time.Time // when the present silence began
@@ -137,7 +137,7 @@ func beaconOf(object any) (beaconRow, bool) {
 
 // beaconReturned measures how long our own renewal took to come back. Those of other
 // replicas, whose clocks are not ours, tell nothing.
-func (r *run) beaconReturned(_ string, _, after *beaconRow) {
+func (r *run) beaconReturned(_ registry.ObjectName, _, after *beaconRow) {
 	if after == nil || after.holder != r.config.Replica {
 		return
 	}

@@ -3,6 +3,7 @@
 package kube
 
 import (
+	"cmp"
 	"fmt"
 	"maps"
 	"net/netip"
@@ -20,6 +21,7 @@ const (
 	codeLarge     = "MESH2102" // more endpoints than are reasonable, or than are served
 	codeBudget    = "MESH2103" // a cluster reports more than it may
 	codeTooLarge  = "MESH2104" // an object is left out, because it is too large
+	codeIstio     = "MESH2105" // Istio's proxies count as none, because the cluster did not opt in
 )
 
 // Budget bounds what one member may report, so that it cannot take the others down.
@@ -48,7 +50,7 @@ type caches struct {
 	source federation.SourceID
 	budget Budget
 	wake   func()
-	labels labelSets
+	reduce reducer
 
 	services   *table[*serviceRow]
 	slices     *table[*sliceRow]
@@ -59,39 +61,54 @@ type caches struct {
 	// mu guards what follows: indexes, and what changed since the last level.
 	mu         sync.Mutex
 	member     *registry.Member
-	slicesOf   map[federation.ServiceName]map[string]*sliceRow
-	servicesOf map[string]map[federation.ServiceName]int // by pod: how many slices name it
-	gateways   map[federation.ServiceName]bool
+	slicesOf   map[federation.ServiceName][]serviceSlice
+	servicesOf map[registry.ObjectName]serviceNames
+	gateways   map[federation.ServiceName]gatewayMark
+	istio      map[registry.ObjectName]bool // pods with a proxy of Istio's
 	configs    map[registry.ObjectKind]*table[*federation.Object]
 	dirty      map[federation.ServiceName]bool
-	dirtyPods  map[string]bool
+	dirtyPods  map[registry.ObjectName]string // with the UID they had at the last level
 	dirtyKinds map[registry.ObjectKind]bool
 	dirtyAll   bool
+	dirtyIstio bool
 
 	// Only level uses these: what it made last.
 	last     registry.Level
 	findings map[string]federation.Finding // by object
+	ports    map[string]map[uint32]uint32  // target ports, shared
 }
+
+// serviceSlice is a slice among those of its service.
+type serviceSlice struct {
+	name string
+	row  *sliceRow
+}
+
+// serviceNames are the services of a pod, which are in its namespace; once for every slice
+// that names it. A list is never changed: the pods of a slice share it.
+type serviceNames []string
 
 func newCaches(m *registry.Member, budget Budget, wake func()) *caches {
 	budget.setDefaults()
 	c := &caches{
 		source: m.Source(), budget: budget, wake: wake, member: m,
-		slicesOf:   map[federation.ServiceName]map[string]*sliceRow{},
-		servicesOf: map[string]map[federation.ServiceName]int{},
-		gateways:   map[federation.ServiceName]bool{},
+		slicesOf:   map[federation.ServiceName][]serviceSlice{},
+		servicesOf: map[registry.ObjectName]serviceNames{},
+		gateways:   map[federation.ServiceName]gatewayMark{},
+		istio:      map[registry.ObjectName]bool{},
 		configs:    map[registry.ObjectKind]*table[*federation.Object]{},
 		dirty:      map[federation.ServiceName]bool{},
-		dirtyPods:  map[string]bool{},
+		dirtyPods:  map[registry.ObjectName]string{},
 		dirtyKinds: map[registry.ObjectKind]bool{},
 		dirtyAll:   true,
 		findings:   map[string]federation.Finding{},
 	}
-	c.services = newTable(c.labels.service, same[*serviceRow], c.serviceChanged)
-	c.slices = newTable(endpointSlice, same[*sliceRow], c.sliceChanged)
-	c.pods = newTable(c.labels.pod, same[*podRow], c.podChanged)
-	c.nodes = newTable(node, same[*nodeRow], func(string, **nodeRow, **nodeRow) { c.changeAll() })
-	c.namespaces = newTable(namespace, same[*namespaceRow], func(_ string, before, after **namespaceRow) {
+	names := &c.reduce.names
+	c.services = newTable(names, c.reduce.service, same[*serviceRow], c.serviceChanged)
+	c.slices = newTable(names, c.reduce.endpointSlice, same[*sliceRow], c.sliceChanged)
+	c.pods = newTable(names, c.reduce.pod, same[*podRow], c.podChanged)
+	c.nodes = newTable(names, node, same[*nodeRow], func(registry.ObjectName, **nodeRow, **nodeRow) { c.changeAll() })
+	c.namespaces = newTable(names, namespace, same[*namespaceRow], func(_ registry.ObjectName, before, after **namespaceRow) {
 		if before != nil && after != nil && (*before).network == (*after).network {
 			c.wake()
 			return
@@ -99,6 +116,31 @@ func newCaches(m *registry.Member, budget Budget, wake func()) *caches {
 		c.changeAll()
 	})
 	return c
+}
+
+// know takes what is stored for what was reported last: what is still as it was stored is
+// the very same then, and not in memory twice.
+func (c *caches) know(stored *federation.Snapshot) {
+	c.last.Records, c.last.Workloads = map[federation.ServiceName]*federation.Record{}, map[string]*federation.Workload{}
+	for name, records := range stored.Records {
+		for _, r := range records {
+			if r.Source == c.source {
+				c.last.Records[name] = r
+			}
+		}
+	}
+	for key, w := range stored.Workloads {
+		if key.Source == c.source {
+			c.last.Workloads[key.UID] = w
+		}
+	}
+}
+
+// optedIn tells whether the cluster's Istio proxies have their certificates from the mesh.
+func (c *caches) optedIn() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.member.AllowIstioCA
 }
 
 func (c *caches) changeAll() {
@@ -113,15 +155,15 @@ func (c *caches) setMember(m *registry.Member) {
 	c.mu.Lock()
 	was := c.member
 	c.member = m
-	same := was.Network == m.Network && was.Name == m.Name && slices.Equal(was.GatewayAddresses, m.GatewayAddresses)
-	c.dirtyAll = c.dirtyAll || was.Network != m.Network
+	same := was.Network == m.Network && was.Name == m.Name && slices.Equal(was.GatewayAddresses, m.GatewayAddresses) && was.AllowIstioCA == m.AllowIstioCA
+	c.dirtyAll = c.dirtyAll || was.Network != m.Network || was.AllowIstioCA != m.AllowIstioCA
 	c.mu.Unlock()
 	if !same {
 		c.wake()
 	}
 }
 
-func (c *caches) serviceChanged(_ string, before, after **serviceRow) {
+func (c *caches) serviceChanged(_ registry.ObjectName, before, after **serviceRow) {
 	defer c.wake()
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -131,65 +173,90 @@ func (c *caches) serviceChanged(_ string, before, after **serviceRow) {
 	}
 	if after != nil {
 		c.dirty[(*after).name] = true
-		if (*after).gateway {
-			c.gateways[(*after).name] = true
+		if mark := (*after).gateway; mark != noGateway {
+			c.gateways[(*after).name] = mark
 		}
 	}
 }
 
-func (c *caches) sliceChanged(key string, before, after **sliceRow) {
+func (c *caches) sliceChanged(key registry.ObjectName, before, after **sliceRow) {
 	defer c.wake()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if before != nil {
 		name := (*before).service
 		c.dirty[name] = true
-		delete(c.slicesOf[name], key)
-		if len(c.slicesOf[name]) == 0 {
+		left := slices.DeleteFunc(slices.Clone(c.slicesOf[name]), func(s serviceSlice) bool { return s.name == key.Name })
+		if len(left) == 0 {
 			delete(c.slicesOf, name)
+		} else {
+			c.slicesOf[name] = left
 		}
-		c.countPods(*before, -1)
+		c.countPods(*before, serviceNames.without)
 	}
 	if after != nil {
 		name := (*after).service
 		c.dirty[name] = true
-		if c.slicesOf[name] == nil {
-			c.slicesOf[name] = map[string]*sliceRow{}
-		}
-		c.slicesOf[name][key] = *after
-		c.countPods(*after, 1)
+		list := c.slicesOf[name]
+		at, _ := slices.BinarySearchFunc(list, key.Name, func(s serviceSlice, name string) int { return strings.Compare(s.name, name) })
+		c.slicesOf[name] = slices.Insert(slices.Clip(list), at, serviceSlice{key.Name, *after})
+		c.countPods(*after, serviceNames.with)
 	}
 }
 
-func (c *caches) countPods(r *sliceRow, n int) {
+func (c *caches) countPods(r *sliceRow, change func(list, one serviceNames) serviceNames) {
+	one := serviceNames{r.service.Name}
 	for i := range r.endpoints {
 		if r.endpoints[i].pod == "" {
 			continue
 		}
-		pod := objectKeyOf(r.service.Namespace, r.endpoints[i].pod)
-		if c.servicesOf[pod] == nil {
-			c.servicesOf[pod] = map[federation.ServiceName]int{}
-		}
-		c.servicesOf[pod][r.service] += n
-		if c.servicesOf[pod][r.service] <= 0 {
-			delete(c.servicesOf[pod], r.service)
-		}
-		if len(c.servicesOf[pod]) == 0 {
+		pod := registry.ObjectName{Namespace: r.service.Namespace, Name: r.endpoints[i].pod}
+		if list := change(c.servicesOf[pod], one); len(list) > 0 {
+			c.servicesOf[pod] = list
+		} else {
 			delete(c.servicesOf, pod)
 		}
 	}
 }
 
-func (c *caches) podChanged(key string, before, after **podRow) {
+func (s serviceNames) with(one serviceNames) serviceNames {
+	if len(s) == 0 {
+		return one
+	}
+	return slices.Concat(s, one)
+}
+
+func (s serviceNames) without(one serviceNames) serviceNames {
+	at := slices.Index(s, one[0])
+	if at < 0 {
+		return s
+	}
+	return slices.Concat(s[:at], s[at+1:])
+}
+
+func (c *caches) podChanged(key registry.ObjectName, before, after **podRow) {
 	defer c.wake()
 	if before == nil && after == nil {
 		return
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.dirtyPods[key] = true
-	for name := range c.servicesOf[key] {
-		c.dirty[name] = true
+	if _, noted := c.dirtyPods[key]; !noted {
+		c.dirtyPods[key] = ""
+		if before != nil {
+			c.dirtyPods[key] = (*before).uid
+		}
+	}
+	was, is := before != nil && (*before).istio, after != nil && (*after).istio
+	if was != is {
+		c.dirtyIstio = true
+		delete(c.istio, key)
+		if is {
+			c.istio[key] = true
+		}
+	}
+	for _, name := range c.servicesOf[key] {
+		c.dirty[federation.ServiceName{Namespace: key.Namespace, Name: name}] = true
 	}
 }
 
@@ -203,7 +270,7 @@ func (c *caches) config(kind registry.ObjectKind, name string) (t *table[*federa
 	sameObject := func(a, b *federation.Object) bool {
 		return a.Generation == b.Generation && string(a.Raw) == string(b.Raw) && a.APIVersion == b.APIVersion && a.Created.Equal(b.Created)
 	}
-	t = newTable(configObject(c.source, name), sameObject, func(string, **federation.Object, **federation.Object) {
+	t = newTable(&c.reduce.names, configObject(c.source, name), sameObject, func(registry.ObjectName, **federation.Object, **federation.Object) {
 		c.mu.Lock()
 		c.dirtyKinds[kind] = true
 		c.mu.Unlock()
@@ -252,7 +319,11 @@ func (c *caches) level() (registry.Level, bool) {
 		next.Gateways = c.levelGateways()
 	}
 	c.boundFindings(&next)
+	known := c.last
 	c.last = next
+	if !complete {
+		c.last.Records, c.last.Workloads, c.last.Gateways = known.Records, known.Workloads, known.Gateways
+	}
 	return next, true
 }
 
@@ -262,17 +333,17 @@ func (c *caches) levelRecords(next *registry.Level) {
 		next.Records = map[federation.ServiceName]*federation.Record{}
 		next.Workloads = map[string]*federation.Workload{}
 		clear(c.dirty)
-		c.services.each(func(_ string, s *serviceRow) { c.dirty[s.name] = true })
+		c.services.each(func(_ registry.ObjectName, s *serviceRow) { c.dirty[s.name] = true })
 		for name := range c.last.Records {
 			c.dirty[name] = true
 		}
 		clear(c.dirtyPods)
-		c.pods.each(func(key string, _ *podRow) { c.dirtyPods[key] = true })
+		c.pods.each(func(key registry.ObjectName, p *podRow) { c.dirtyPods[key] = p.uid })
 	}
 	for name := range c.dirty {
 		object := "Service " + name.String()
 		delete(c.findings, object)
-		s, ok := c.services.get(objectKeyOf(name.Namespace, name.Name))
+		s, ok := c.services.get(registry.ObjectName(name))
 		if !ok {
 			delete(next.Records, name)
 			continue
@@ -284,65 +355,90 @@ func (c *caches) levelRecords(next *registry.Level) {
 		next.Records[name] = record
 	}
 	c.levelWorkloads(next)
-	clear(c.dirty)
-	clear(c.dirtyPods)
-	c.dirtyAll = false
+	c.findIstio()
+	// New maps, because a map that was large stays large.
+	c.dirty, c.dirtyPods, c.dirtyAll = map[federation.ServiceName]bool{}, map[registry.ObjectName]string{}, false
 	c.boundRecords(next)
 }
 
 func (c *caches) levelWorkloads(next *registry.Level) {
-	last := c.last.Workloads
-	byPod := map[string]string{} // of the pods that changed, which UID they had
-	for uid, w := range next.Workloads {
-		if key := objectKeyOf(w.Namespace, w.Name); c.dirtyPods[key] {
-			byPod[key] = uid
-		}
+	// All that went come before those that came: a UID may have moved to another name.
+	for _, uid := range c.dirtyPods {
+		delete(next.Workloads, uid)
 	}
 	for key := range c.dirtyPods {
-		object := "Pod " + key
+		object := "Pod " + key.Namespace + "/" + key.Name
 		delete(c.findings, object)
-		if uid, ok := byPod[key]; ok {
-			delete(next.Workloads, uid)
-		}
 		p, ok := c.pods.get(key)
-		if !ok || !p.mesh || p.uid == "" {
+		if !ok || c.roleOf(p) == "" || p.uid == "" {
 			continue
 		}
-		if len(p.problems) > 0 {
-			c.find(codeMalformed, object, strings.Join(p.problems, "; "))
+		if p.problems != nil {
+			c.find(codeMalformed, object, strings.Join(*p.problems, "; "))
 		}
-		w := c.workload(p)
-		if old := last[p.uid]; old != nil && same(old, w) {
+		w := c.workload(key.Namespace, p)
+		if old := c.last.Workloads[p.uid]; old != nil && same(old, w) {
 			w = old
 		}
 		next.Workloads[p.uid] = w
 	}
 }
 
-func (c *caches) workload(p *podRow) *federation.Workload {
+// roleOf is what a pod's proxy does for the mesh; empty without a proxy of the mesh. One of
+// Istio's has our root, and we its, only where the cluster opted in.
+func (c *caches) roleOf(p *podRow) federation.ProxyRole {
+	if p.istio && !c.member.AllowIstioCA {
+		return ""
+	}
+	return p.role
+}
+
+// findIstio tells of proxies that do not count, but would if the cluster opted in.
+func (c *caches) findIstio() {
+	const object = "Istio's proxies"
+	if !c.dirtyIstio && !c.dirtyAll {
+		return
+	}
+	c.dirtyIstio = false
+	delete(c.findings, object)
+	if c.member.AllowIstioCA || len(c.istio) == 0 {
+		return
+	}
+	example := slices.MinFunc(slices.Collect(maps.Keys(c.istio)), func(a, b registry.ObjectName) int {
+		return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name))
+	})
+	c.find(codeIstio, object, fmt.Sprintf("%d pods, for example %s/%s, have a proxy of Istio's, whose roots are not the mesh's: they are called in plaintext, and their gateways are not used. "+
+		"If their certificates come from the mesh, join the cluster again with --allow-istio-ca", len(c.istio), example.Namespace, example.Name))
+}
+
+func (c *caches) workload(namespace string, p *podRow) *federation.Workload {
 	return &federation.Workload{
-		Source: c.source, Namespace: p.namespace, Name: p.name, UID: p.uid, Role: p.role, ServiceAccount: p.account,
-		Network: c.networkOf(p), Locality: c.localityOf(p.node, ""), Addresses: p.addresses, Labels: p.labels, Ready: p.ready,
+		Source: c.source, Namespace: namespace, Name: p.name, UID: p.uid, Role: c.roleOf(p), ServiceAccount: p.account,
+		Network: c.networkOf(namespace, p), Locality: c.localityOf(&place{node: p.node}), Addresses: p.addresses, Labels: p.labels, Ready: p.ready,
 	}
 }
 
 // networkOf is the pod's own network, else its namespace's, else what the cluster joined
 // with.
-func (c *caches) networkOf(p *podRow) federation.Network {
+func (c *caches) networkOf(namespace string, p *podRow) federation.Network {
 	if p.network != "" {
 		return p.network
 	}
-	if n, ok := c.namespaces.get(objectKeyOf("", p.namespace)); ok && n.network != "" {
+	if n, ok := c.namespaces.get(inCluster(namespace)); ok && n.network != "" {
 		return n.network
 	}
 	return c.member.Network
 }
 
-func (c *caches) localityOf(nodeName, zone string) federation.Locality {
-	if n, ok := c.nodes.get(objectKeyOf("", nodeName)); ok {
+// localityOf is that of the node, else the zone alone.
+func (c *caches) localityOf(at *place) federation.Locality {
+	if at == nil {
+		return federation.Locality{}
+	}
+	if n, ok := c.nodes.get(inCluster(at.node)); ok {
 		return n.locality
 	}
-	return federation.Locality{Zone: zone}
+	return federation.Locality{Zone: at.zone}
 }
 
 // record is a service with its endpoints.
@@ -370,32 +466,33 @@ func (c *caches) record(s *serviceRow, object string) *federation.Record {
 // endpoints merges the slices of a service: the addresses of both families of a pod are
 // one endpoint.
 func (c *caches) endpoints(s *serviceRow, problems *[]string) []federation.Endpoint {
-	rows := c.slicesOf[s.name]
-	byKey := map[string]*federation.Endpoint{}
-	ports := map[string]map[uint32]uint32{}
-	for _, name := range slices.Sorted(maps.Keys(rows)) {
-		row := rows[name]
-		*problems = append(*problems, row.problems...)
-		target := targetPorts(s.ports, row.ports, ports)
-		for i := range row.endpoints {
-			e, ok := c.endpoint(s, &row.endpoints[i])
+	byKey := map[string]int{}
+	var out []federation.Endpoint
+	if rows := c.slicesOf[s.name]; len(rows) > 0 {
+		out = make([]federation.Endpoint, 0, len(rows[0].row.endpoints)) // mostly all
+	}
+	for _, slice := range c.slicesOf[s.name] {
+		*problems = append(*problems, slice.row.problems...)
+		target := c.targetPorts(s.ports, slice.row.ports)
+		for i := range slice.row.endpoints {
+			e, ok := c.endpoint(s, &slice.row.endpoints[i])
 			if !ok {
 				continue
 			}
-			known := byKey[e.Key()]
-			if known == nil {
-				e.TargetPorts = target
-				byKey[e.Key()] = &e
+			if at, known := byKey[e.Key()]; known {
+				mergeAddress(&out[at], e.Addresses[0])
 				continue
 			}
-			mergeAddress(known, e.Addresses[0])
+			e.TargetPorts = target
+			byKey[e.Key()] = len(out)
+			out = append(out, e)
 		}
 	}
-	out := make([]federation.Endpoint, 0, len(byKey))
-	for _, key := range slices.Sorted(maps.Keys(byKey)) {
-		out = append(out, *byKey[key])
+	slices.SortFunc(out, func(a, b federation.Endpoint) int { return strings.Compare(a.Key(), b.Key()) })
+	if len(out) == 0 {
+		return nil
 	}
-	return out
+	return slices.Clip(out)
 }
 
 // mergeAddress adds an address of the family that the endpoint lacks, IPv4 first.
@@ -405,13 +502,13 @@ func mergeAddress(e *federation.Endpoint, addr netip.Addr) {
 			return
 		}
 	}
-	e.Addresses = append(e.Addresses, addr)
+	e.Addresses = append(slices.Clone(e.Addresses), addr)
 	slices.SortFunc(e.Addresses, netip.Addr.Compare)
 }
 
 // targetPorts maps service ports to those of a slice, which carries them under the same
 // names. Equal maps are shared.
-func targetPorts(service []federation.Port, slice []slicePort, shared map[string]map[uint32]uint32) map[uint32]uint32 {
+func (c *caches) targetPorts(service []federation.Port, slice []slicePort) map[uint32]uint32 {
 	out := map[uint32]uint32{}
 	for _, p := range service {
 		for _, t := range slice {
@@ -425,32 +522,49 @@ func targetPorts(service []federation.Port, slice []slicePort, shared map[string
 		return nil
 	}
 	key := fmt.Sprint(out)
-	if m, ok := shared[key]; ok {
+	if m, ok := c.ports[key]; ok {
 		return m
 	}
-	shared[key] = out
+	if c.ports == nil || len(c.ports) > 1<<10 {
+		c.ports = map[string]map[uint32]uint32{} // what is in use stays in use
+	}
+	c.ports[key] = out
 	return out
 }
 
 // endpoint is one row of a slice. One whose pod is not there, or is another incarnation,
 // does not count: without its account and its proxy nobody could call it rightly.
 func (c *caches) endpoint(s *serviceRow, row *sliceEndpoint) (federation.Endpoint, bool) {
-	e := federation.Endpoint{Addresses: []netip.Addr{row.addr}, Health: row.health, Hostname: row.hostname}
+	e := federation.Endpoint{Health: row.health, Hostname: row.hostname}
 	if s.publishNotReady && row.ready {
 		e.Health = federation.Ready
 	}
 	if row.pod == "" {
-		e.Network, e.Locality = c.member.Network, c.localityOf(row.node, row.zone)
+		e.Addresses = []netip.Addr{row.addr}
+		e.Network, e.Locality = c.member.Network, c.localityOf(row.place)
 		return e, true
 	}
-	p, ok := c.pods.get(objectKeyOf(s.name.Namespace, row.pod))
+	p, ok := c.pods.get(registry.ObjectName{Namespace: s.name.Namespace, Name: row.pod})
 	if !ok || row.uid != "" && row.uid != p.uid {
 		return e, false
 	}
+	at := place{node: p.node}
+	if row.place != nil {
+		at.zone = row.place.zone
+	}
+	e.Addresses = p.address(row.addr)
 	e.Workload, e.UID = p.name, p.uid
-	e.Network, e.Locality = c.networkOf(p), c.localityOf(p.node, row.zone)
-	e.ServiceAccount, e.Labels, e.Mesh = p.account, p.labels, p.mesh
+	e.Network, e.Locality = c.networkOf(s.name.Namespace, p), c.localityOf(&at)
+	e.ServiceAccount, e.Labels, e.Mesh = p.account, p.labels, c.roleOf(p) != ""
 	return e, true
+}
+
+// address is a list of one address: a piece of the pod's own list, if it is there.
+func (p *podRow) address(addr netip.Addr) []netip.Addr {
+	if i := slices.Index(p.addresses, addr); i >= 0 {
+		return p.addresses[i : i+1 : i+1]
+	}
+	return []netip.Addr{addr}
 }
 
 func equalRecord(a, b *federation.Record) bool { return same(a, b) }
@@ -497,10 +611,10 @@ func (c *caches) objectsOf(kind registry.ObjectKind, t *table[*federation.Object
 	prefix := string(kind) + " "
 	maps.DeleteFunc(c.findings, func(object string, _ federation.Finding) bool { return strings.HasPrefix(object, prefix) })
 	over := 0
-	t.each(func(key string, o *federation.Object) {
+	t.each(func(key registry.ObjectName, o *federation.Object) {
 		switch {
 		case o.Raw == nil:
-			c.find(codeTooLarge, prefix+key, fmt.Sprintf("has more than %d bytes and is left out; make it smaller", objectBytes))
+			c.find(codeTooLarge, prefix+key.Namespace+"/"+key.Name, fmt.Sprintf("has more than %d bytes and is left out; make it smaller", objectBytes))
 		case len(objects) >= c.budget.Objects:
 			over++
 		default:

@@ -13,6 +13,7 @@ import (
 	"strings"
 
 	"github.com/isthmus-mesh/isthmus/federation"
+	"github.com/isthmus-mesh/isthmus/registry"
 )
 
 // staticGateway is the name of a gateway that only the registration tells of.
@@ -22,8 +23,11 @@ const staticGateway = "static"
 // labelled as such, and those the registration names.
 func (c *caches) levelGateways() map[string]*federation.Gateway {
 	out := map[string]*federation.Gateway{}
-	for name := range c.gateways {
-		s, ok := c.services.get(objectKeyOf(name.Namespace, name.Name))
+	for name, mark := range c.gateways {
+		if mark == istioGateway && !c.member.AllowIstioCA {
+			continue // it passes on what trusts other roots
+		}
+		s, ok := c.services.get(registry.ObjectName(name))
 		if ok {
 			g := c.gateway(s)
 			out[g.Name] = g
@@ -101,9 +105,9 @@ func (c *caches) gateway(s *serviceRow) *federation.Gateway {
 // readyPods counts the pods behind a service; one of two families counts once.
 func (c *caches) readyPods(name federation.ServiceName) int {
 	seen := map[string]bool{}
-	for _, row := range c.slicesOf[name] {
-		for i := range row.endpoints {
-			if e := &row.endpoints[i]; e.health == federation.Ready {
+	for _, slice := range c.slicesOf[name] {
+		for i := range slice.row.endpoints {
+			if e := &slice.row.endpoints[i]; e.health == federation.Ready {
 				seen[first(e.pod, e.addr.String())] = true
 			}
 		}
@@ -129,14 +133,17 @@ func gatewayPort(s *serviceRow) (uint32, bool) {
 func (c *caches) nodeAddresses(s *serviceRow, port uint32) []federation.GatewayAddress {
 	seen := map[string]bool{}
 	var out []federation.GatewayAddress
-	for _, row := range c.slicesOf[s.name] {
-		for i := range row.endpoints {
-			e := &row.endpoints[i]
-			n, ok := c.nodes.get(objectKeyOf("", e.node))
-			if !ok || seen[e.node] || e.health != federation.Ready {
+	for _, slice := range c.slicesOf[s.name] {
+		for i := range slice.row.endpoints {
+			e := &slice.row.endpoints[i]
+			if e.place == nil || seen[e.place.node] || e.health != federation.Ready {
 				continue
 			}
-			seen[e.node] = true
+			n, ok := c.nodes.get(inCluster(e.place.node))
+			if !ok {
+				continue
+			}
+			seen[e.place.node] = true
 			for _, a := range n.addresses {
 				out = append(out, federation.GatewayAddress{Host: a, Port: port})
 			}

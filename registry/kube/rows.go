@@ -18,6 +18,7 @@ import (
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 
 	"github.com/isthmus-mesh/isthmus/federation"
+	"github.com/isthmus-mesh/isthmus/registry"
 )
 
 // Labels and annotations of users' objects that mean something.
@@ -49,7 +50,7 @@ type serviceRow struct {
 	exportTo        []string
 	publishNotReady bool
 
-	gateway   bool
+	gateway   gatewayMark
 	balancer  bool     // of type LoadBalancer
 	addresses []string // of the load balancer, or spec.externalIPs
 	explicit  string   // GatewayAddress
@@ -73,25 +74,38 @@ type slicePort struct {
 type sliceEndpoint struct {
 	pod, uid string // empty if its target is no pod
 	addr     netip.Addr
-	node     string
-	zone     string
+	place    *place // shared
 	hostname string
 	health   federation.Health
 	ready    bool // what the condition says, terminating or not
 }
 
-// podRow is what the mesh needs of a Pod.
+// place is where an endpoint runs.
+type place struct{ node, zone string }
+
+// podRow is what the mesh needs of a Pod. There are many: what pods have in common is
+// shared.
 type podRow struct {
-	namespace, name, uid string
-	node, account        string
-	network              federation.Network
-	labels               map[string]string
-	role                 federation.ProxyRole // empty without a proxy
-	mesh                 bool
-	addresses            []netip.Addr
-	ready                bool // of gateways only: others' readiness is in slices
-	problems             []string
+	name, uid string
+	node      string
+	account   string
+	network   federation.Network
+	labels    map[string]string
+	role      federation.ProxyRole // empty without a proxy
+	istio     bool                 // the proxy is Istio's
+	ready     bool                 // of gateways only: others' readiness is in slices
+	addresses []netip.Addr
+	problems  *[]string // nil without any
 }
+
+// gatewayMark tells how a Service says that it is an east-west gateway.
+type gatewayMark int8
+
+const (
+	noGateway    gatewayMark = iota
+	ownGateway               // by our label
+	istioGateway             // by Istio's
+)
 
 type nodeRow struct {
 	locality  federation.Locality
@@ -106,34 +120,33 @@ type namespaceRow struct {
 // same compares rows.
 func same[T any](a, b T) bool { return reflect.DeepEqual(a, b) }
 
-// labelSets shares equal label maps: the pods of a Deployment have the same.
-type labelSets struct {
-	mu   sync.Mutex
-	sets map[string]map[string]string
+// reducer makes rows of objects. What rows have in common with others is shared.
+type reducer struct {
+	names registry.Interner
+
+	mu     sync.Mutex
+	places map[place]*place
 }
 
-func (l *labelSets) share(m map[string]string) map[string]string {
-	if len(m) == 0 {
+func (d *reducer) place(node, zone string) *place {
+	if node == "" && zone == "" {
 		return nil
 	}
-	var b strings.Builder
-	for _, k := range slices.Sorted(maps.Keys(m)) {
-		fmt.Fprintf(&b, "%s=%s\n", k, m[k])
-	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if shared, ok := l.sets[b.String()]; ok {
+	p := place{d.names.String(node), d.names.String(zone)}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if shared := d.places[p]; shared != nil {
 		return shared
 	}
-	if l.sets == nil || len(l.sets) > 1<<14 {
-		l.sets = map[string]map[string]string{} // what is in use stays in use
+	if d.places == nil || len(d.places) > 1<<14 {
+		d.places = map[place]*place{} // what is in use stays in use
 	}
-	l.sets[b.String()] = m
-	return m
+	d.places[p] = &p
+	return &p
 }
 
-// boundedLabels leaves out labels that are too much to carry to every proxy.
-func (l *labelSets) bounded(m map[string]string, problems *[]string) map[string]string {
+// labels leaves out labels that are too much to carry to every proxy.
+func (d *reducer) labels(m map[string]string, problems *[]string) map[string]string {
 	size := 0
 	for k, v := range m {
 		size += len(k) + len(v)
@@ -142,7 +155,7 @@ func (l *labelSets) bounded(m map[string]string, problems *[]string) map[string]
 		*problems = append(*problems, fmt.Sprintf("its labels have %d bytes, more than %d, and are ignored", size, labelBytes))
 		return nil
 	}
-	return l.share(m)
+	return d.names.Labels(m)
 }
 
 func boundedAnnotation(annotations map[string]string, name string, problems *[]string) string {
@@ -154,19 +167,19 @@ func boundedAnnotation(annotations map[string]string, name string, problems *[]s
 	return v
 }
 
-func (l *labelSets) service(object any) (*serviceRow, bool) {
+func (d *reducer) service(object any) (*serviceRow, bool) {
 	s, ok := object.(*corev1.Service)
 	if !ok {
 		return nil, false
 	}
 	r := &serviceRow{
-		name:    federation.ServiceName{Namespace: s.Namespace, Name: s.Name},
+		name:    federation.ServiceName{Namespace: d.names.String(s.Namespace), Name: s.Name},
 		created: s.CreationTimestamp.UTC(), kind: federation.ClusterIP,
 		publishNotReady: s.Spec.PublishNotReadyAddresses,
 	}
-	r.labels = l.bounded(s.Labels, &r.problems)
+	r.labels = d.labels(s.Labels, &r.problems)
 	r.takeType(s)
-	r.takePorts(s.Spec.Ports)
+	r.takePorts(&d.names, s.Spec.Ports)
 	r.local = boundedAnnotation(s.Annotations, exportAnnotation, &r.problems) == "false" ||
 		r.name == federation.ServiceName{Namespace: "default", Name: "kubernetes"}
 	for _, to := range strings.Split(boundedAnnotation(s.Annotations, exportToAnnotation, &r.problems), ",") {
@@ -174,10 +187,11 @@ func (l *labelSets) service(object any) (*serviceRow, bool) {
 			r.exportTo = append(r.exportTo, to)
 		}
 	}
-	if s.Labels[GatewayLabel] == "eastwest" || s.Labels[istioGatewayLabel] == "eastwestgateway" {
-		// A way into the network, not a service that is reached through one.
-		r.local = true
-		r.takeGateway(s)
+	switch {
+	case s.Labels[GatewayLabel] == "eastwest":
+		r.takeGateway(s, ownGateway)
+	case s.Labels[istioGatewayLabel] == "eastwestgateway":
+		r.takeGateway(s, istioGateway)
 	}
 	return r, true
 }
@@ -205,7 +219,7 @@ func (r *serviceRow) takeType(s *corev1.Service) {
 	}
 }
 
-func (r *serviceRow) takePorts(ports []corev1.ServicePort) {
+func (r *serviceRow) takePorts(names *registry.Interner, ports []corev1.ServicePort) {
 	seen := map[uint32]bool{}
 	for i := range ports {
 		p := &ports[i]
@@ -222,7 +236,7 @@ func (r *serviceRow) takePorts(ports []corev1.ServicePort) {
 		if problem != "" {
 			r.problems = append(r.problems, problem)
 		}
-		r.ports = append(r.ports, federation.Port{Number: number, Name: p.Name, Protocol: protocol})
+		r.ports = append(r.ports, federation.Port{Number: number, Name: names.String(p.Name), Protocol: protocol})
 		if p.NodePort > 0 {
 			if r.nodePorts == nil {
 				r.nodePorts = map[uint32]uint32{}
@@ -233,8 +247,8 @@ func (r *serviceRow) takePorts(ports []corev1.ServicePort) {
 	slices.SortFunc(r.ports, func(a, b federation.Port) int { return int(a.Number) - int(b.Number) })
 }
 
-func (r *serviceRow) takeGateway(s *corev1.Service) {
-	r.gateway = true
+func (r *serviceRow) takeGateway(s *corev1.Service, mark gatewayMark) {
+	r.gateway, r.local = mark, true // a way into the network, not a service that is reached through one
 	r.balancer = s.Spec.Type == corev1.ServiceTypeLoadBalancer
 	r.explicit = boundedAnnotation(s.Annotations, GatewayAddress, &r.problems)
 	for _, in := range s.Status.LoadBalancer.Ingress {
@@ -312,7 +326,7 @@ func parseProtocol(name string) federation.Protocol {
 }
 
 // endpointSlice reduces a slice; one that belongs to no Service is left out.
-func endpointSlice(object any) (*sliceRow, bool) {
+func (d *reducer) endpointSlice(object any) (*sliceRow, bool) {
 	s, ok := object.(*discoveryv1.EndpointSlice)
 	if !ok {
 		return nil, false
@@ -321,21 +335,24 @@ func endpointSlice(object any) (*sliceRow, bool) {
 	if service == "" || s.AddressType == discoveryv1.AddressTypeFQDN {
 		return nil, false
 	}
-	r := &sliceRow{service: federation.ServiceName{Namespace: s.Namespace, Name: service}}
+	r := &sliceRow{
+		service:   federation.ServiceName{Namespace: d.names.String(s.Namespace), Name: d.names.String(service)},
+		endpoints: make([]sliceEndpoint, 0, len(s.Endpoints)),
+	}
 	for _, p := range s.Ports {
 		if p.Port == nil || *p.Port < 1 || *p.Port > 65535 || p.Protocol != nil && *p.Protocol != corev1.ProtocolTCP {
 			continue
 		}
 		port := slicePort{number: uint32(*p.Port)}
 		if p.Name != nil {
-			port.name = *p.Name
+			port.name = d.names.String(*p.Name)
 		}
 		r.ports = append(r.ports, port)
 	}
 	bad, example := 0, ""
 	for i := range s.Endpoints {
 		e := &s.Endpoints[i]
-		row, problem := endpointRow(s.Namespace, e)
+		row, problem := d.endpoint(s.Namespace, e)
 		if problem != "" {
 			bad, example = bad+1, problem
 			continue
@@ -348,7 +365,7 @@ func endpointSlice(object any) (*sliceRow, bool) {
 	return r, true
 }
 
-func endpointRow(namespace string, e *discoveryv1.Endpoint) (sliceEndpoint, string) {
+func (d *reducer) endpoint(namespace string, e *discoveryv1.Endpoint) (sliceEndpoint, string) {
 	var row sliceEndpoint
 	if len(e.Addresses) == 0 {
 		return row, "one without address"
@@ -361,7 +378,7 @@ func endpointRow(namespace string, e *discoveryv1.Endpoint) (sliceEndpoint, stri
 	if t := e.TargetRef; t != nil && t.Kind == "Pod" && (t.Namespace == "" || t.Namespace == namespace) {
 		row.pod, row.uid = t.Name, string(t.UID)
 	}
-	row.node, row.zone, row.hostname = deref(e.NodeName), deref(e.Zone), deref(e.Hostname)
+	row.place, row.hostname = d.place(deref(e.NodeName), deref(e.Zone)), deref(e.Hostname)
 	row.ready = e.Conditions.Ready == nil || *e.Conditions.Ready
 	serving := row.ready
 	if e.Conditions.Serving != nil {
@@ -396,35 +413,21 @@ func validAddress(text string) (netip.Addr, error) {
 	return addr, nil
 }
 
-func (l *labelSets) pod(object any) (*podRow, bool) {
+func (d *reducer) pod(object any) (*podRow, bool) {
 	p, ok := object.(*corev1.Pod)
 	if !ok || p.Status.Phase == corev1.PodSucceeded || p.Status.Phase == corev1.PodFailed {
 		return nil, false
 	}
 	r := &podRow{
-		namespace: p.Namespace, name: p.Name, uid: string(p.UID),
-		node: p.Spec.NodeName, account: p.Spec.ServiceAccountName, network: federation.Network(p.Labels[NetworkLabel]),
+		name: p.Name, uid: string(p.UID), node: d.names.String(p.Spec.NodeName),
+		account: d.names.String(first(p.Spec.ServiceAccountName, "default")),
+		network: federation.Network(d.names.String(p.Labels[NetworkLabel])),
 	}
-	if r.account == "" {
-		r.account = "default"
-	}
-	r.labels = l.bounded(p.Labels, &r.problems)
-	switch p.Labels[ProxyLabel] {
-	case "gateway":
-		r.role = federation.GatewayRole
-	case "":
-		if p.Labels[tlsModeLabel] == "istio" {
-			r.role = federation.Sidecar
-		}
-		if p.Labels[istioGatewayLabel] == "eastwestgateway" {
-			r.role = federation.GatewayRole
-		}
-	default:
-		r.role = federation.Sidecar
-	}
-	r.mesh = r.role != ""
-	if r.mesh {
-		r.takeAddresses(p)
+	var problems []string
+	r.labels = d.labels(p.Labels, &problems)
+	r.role, r.istio = proxyOf(p.Labels)
+	if r.role != "" {
+		r.takeAddresses(p, &problems)
 	}
 	if r.role == federation.GatewayRole {
 		for _, c := range p.Status.Conditions {
@@ -433,18 +436,40 @@ func (l *labelSets) pod(object any) (*podRow, bool) {
 			}
 		}
 	}
+	if len(problems) > 0 {
+		r.problems = &problems
+	}
 	return r, true
 }
 
-func (r *podRow) takeAddresses(p *corev1.Pod) {
+// proxyOf tells which proxy a pod has by its labels, and whether it is Istio's.
+func proxyOf(labels map[string]string) (role federation.ProxyRole, istio bool) {
+	switch labels[ProxyLabel] {
+	case "gateway":
+		return federation.GatewayRole, false
+	case "":
+	default:
+		return federation.Sidecar, false
+	}
+	switch {
+	case labels[istioGatewayLabel] == "eastwestgateway":
+		return federation.GatewayRole, true
+	case labels[tlsModeLabel] == "istio":
+		return federation.Sidecar, true
+	}
+	return "", false
+}
+
+func (r *podRow) takeAddresses(p *corev1.Pod, problems *[]string) {
 	list := p.Status.PodIPs
 	if len(list) == 0 && p.Status.PodIP != "" {
 		list = []corev1.PodIP{{IP: p.Status.PodIP}}
 	}
+	r.addresses = make([]netip.Addr, 0, len(list))
 	for _, ip := range list {
 		addr, err := validAddress(ip.IP)
 		if err != nil {
-			r.problems = append(r.problems, "its address is "+err.Error())
+			*problems = append(*problems, "its address is "+err.Error())
 			continue
 		}
 		r.addresses = append(r.addresses, addr)

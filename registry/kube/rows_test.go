@@ -252,7 +252,7 @@ func TestGatewaysFromServices(t *testing.T) {
 				spec.Type = corev1.ServiceTypeLoadBalancer
 				spec.Ports = []corev1.ServicePort{{Name: "tls", Port: 15443}}
 			})
-			s.Labels = map[string]string{"istio": "eastwestgateway"}
+			s.Labels = map[string]string{GatewayLabel: "eastwest"}
 			if c.change != nil {
 				c.change(s)
 			}
@@ -269,6 +269,109 @@ func TestGatewaysFromServices(t *testing.T) {
 				t.Errorf("got %+v, want %s %q", g, c.want, c.pending)
 			}
 		})
+	}
+}
+
+// A pod with Istio's proxy is called with the mesh's certificates only where they are also
+// its own: where the cluster opted in.
+func TestIstioProxiesCountWhereTheClusterOptedIn(t *testing.T) {
+	t.Parallel()
+	c := member(t, Budget{})
+	labelled := func(name, key, value string) *corev1.Pod {
+		p := runningPod(name, "10.0.0."+name[len(name)-1:])
+		p.Labels = map[string]string{key: value}
+		return p
+	}
+	c.pods.Add(labelled("istio-1", tlsModeLabel, "istio"))
+	c.pods.Add(labelled("gw-2", istioGatewayLabel, "eastwestgateway"))
+	c.pods.Add(labelled("plain-3", "app", "plain"))
+	c.pods.Add(runningPod("own-4", "10.0.0.4"))
+	c.services.Add(service("web", nil))
+	c.slices.Add(slice("web", "web", 80, at("istio-1", "10.0.0.1", "ready serving"), at("own-4", "10.0.0.4", "ready serving")))
+	gateway := service("gw", func(s *corev1.ServiceSpec) { s.Ports = []corev1.ServicePort{{Name: "tls", Port: 15443}} })
+	gateway.Labels = map[string]string{istioGatewayLabel: "eastwestgateway"}
+	c.services.Add(gateway)
+
+	says := func(level registry.Level) string {
+		var mesh, workloads []string
+		for _, e := range level.Records[federation.ServiceName{Namespace: "shop", Name: "web"}].Endpoints {
+			mesh = append(mesh, fmt.Sprintf("%s:%v", e.Workload, e.Mesh))
+		}
+		for _, w := range level.Workloads {
+			workloads = append(workloads, w.Name)
+		}
+		slices.Sort(workloads)
+		return fmt.Sprintf("%v %v gateways:%d", mesh, workloads, len(level.Gateways))
+	}
+	level := mustLevel(t, c)
+	if got, want := says(level), "[istio-1:false own-4:true] [own-4] gateways:0"; got != want {
+		t.Errorf("without the flag\n got %s\nwant %s", got, want)
+	}
+	if !level.Records[federation.ServiceName{Namespace: "shop", Name: "gw"}].ClusterLocal {
+		t.Error("Istio's gateway is a service of other clusters")
+	}
+	if f := level.Findings; len(f) != 1 || f[0].Code != codeIstio || !strings.Contains(f[0].Message, "2 pods, for example shop/gw-2") || !strings.Contains(f[0].Message, "--allow-istio-ca") {
+		t.Errorf("findings: %+v", f)
+	}
+
+	opted := *c.member
+	opted.AllowIstioCA = true
+	c.setMember(&opted)
+	level = mustLevel(t, c)
+	if got, want := says(level), "[istio-1:true own-4:true] [gw-2 istio-1 own-4] gateways:1"; got != want {
+		t.Errorf("with the flag\n got %s\nwant %s", got, want)
+	}
+	if len(level.Findings) != 0 {
+		t.Errorf("findings: %+v", level.Findings)
+	}
+
+	out := *c.member
+	out.AllowIstioCA = false
+	c.setMember(&out)
+	c.pods.Delete(labelled("gw-2", istioGatewayLabel, "eastwestgateway"))
+	level = mustLevel(t, c)
+	if got, want := says(level), "[istio-1:false own-4:true] [own-4] gateways:0"; got != want {
+		t.Errorf("without the flag again\n got %s\nwant %s", got, want)
+	}
+	if f := level.Findings; len(f) != 1 || !strings.Contains(f[0].Message, "1 pods, for example shop/istio-1") {
+		t.Errorf("findings: %+v", f)
+	}
+}
+
+// What is stored already is the same pointer in the first level, so that it is not in
+// memory twice after a restart.
+func TestFirstLevelSharesWhatIsStored(t *testing.T) {
+	t.Parallel()
+	fill := func(c *caches) {
+		c.services.Add(service("a", nil))
+		c.services.Add(service("b", nil))
+		c.pods.Add(runningPod("p", "10.0.0.1"))
+		c.slices.Add(slice("a", "a", 80, at("p", "10.0.0.1", "ready serving")))
+	}
+	before := member(t, Budget{})
+	fill(before)
+	stored := mustLevel(t, before)
+	snapshot := &federation.Snapshot{Records: map[federation.ServiceName][]*federation.Record{}, Workloads: map[federation.WorkloadKey]*federation.Workload{}}
+	for name, r := range stored.Records {
+		snapshot.Records[name] = []*federation.Record{{Source: "kube:other", Name: name}, r}
+	}
+	for uid, w := range stored.Workloads {
+		snapshot.Workloads[federation.WorkloadKey{Source: w.Source, UID: uid}] = w
+	}
+	snapshot.Records[federation.ServiceName{Namespace: "shop", Name: "gone"}] = []*federation.Record{{Source: before.source}}
+	snapshot.Workloads[federation.WorkloadKey{Source: before.source, UID: "gone"}] = &federation.Workload{UID: "gone"}
+
+	c := member(t, Budget{})
+	c.know(snapshot)
+	fill(c)
+	c.services.Add(service("b", func(s *corev1.ServiceSpec) { s.Ports[0].Port = 81 }))
+	level := mustLevel(t, c)
+	a, b := federation.ServiceName{Namespace: "shop", Name: "a"}, federation.ServiceName{Namespace: "shop", Name: "b"}
+	if len(level.Records) != 2 || level.Records[a] != stored.Records[a] || level.Records[b] == stored.Records[b] {
+		t.Errorf("want a as it is stored, b anew, and no other: %v", level.Records)
+	}
+	if len(level.Workloads) != 1 || level.Workloads["uid-p"] != stored.Workloads["uid-p"] {
+		t.Errorf("want the stored workload: %v", level.Workloads)
 	}
 }
 

@@ -121,7 +121,9 @@ func (s *Source) Run(ctx context.Context, sink registry.Sink) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	r := &run{Source: s, sink: sink, wake: make(chan struct{}, 1), usable: make(chan struct{})}
+	snapshot, _ := s.config.Store.Snapshot()
 	r.caches = newCaches(m, s.config.Budget, r.wakeUp)
+	r.caches.know(snapshot)
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer cancel()
@@ -380,16 +382,16 @@ func (r *run) discoverOnce(ctx context.Context, wg *sync.WaitGroup) bool {
 func (r *run) injectedNamespaces() []string {
 	seen := map[string]bool{}
 	exists := map[string]bool{}
-	r.caches.namespaces.each(func(key string, n *namespaceRow) {
-		name := strings.TrimPrefix(key, "/")
-		exists[name] = true
+	r.caches.namespaces.each(func(key registry.ObjectName, n *namespaceRow) {
+		exists[key.Name] = true
 		if n.injected {
-			seen[name] = true
+			seen[key.Name] = true
 		}
 	})
-	r.caches.pods.each(func(_ string, p *podRow) {
-		if p.mesh && exists[p.namespace] {
-			seen[p.namespace] = true
+	istio := r.caches.optedIn()
+	r.caches.pods.each(func(key registry.ObjectName, p *podRow) {
+		if p.role != "" && (istio || !p.istio) && exists[key.Namespace] {
+			seen[key.Namespace] = true
 		}
 	})
 	return slices.Sorted(maps.Keys(seen))

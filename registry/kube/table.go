@@ -17,6 +17,8 @@ import (
 	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/tools/cache"
 	"k8s.io/klog/v2"
+
+	"github.com/isthmus-mesh/isthmus/registry"
 )
 
 // table is one kind of objects of a member, reduced to what the mesh needs and kept
@@ -28,10 +30,12 @@ type table[T any] struct {
 
 	// changed is called, without the lock, with the row before and after; either may be
 	// missing.
-	changed func(key string, before, after *T)
+	changed func(key registry.ObjectName, before, after *T)
+
+	names *registry.Interner
 
 	mu   sync.Mutex
-	rows map[string]T
+	rows map[registry.ObjectName]T
 	tableState
 }
 
@@ -55,8 +59,8 @@ func (s tableState) refusedLong(now time.Time) bool {
 // settled tells that waiting longer would not tell more.
 func (s tableState) settled() bool { return s.synced || s.denied != nil }
 
-func newTable[T any](reduce func(object any) (T, bool), same func(a, b T) bool, changed func(key string, before, after *T)) *table[T] {
-	return &table[T]{reduce: reduce, same: same, changed: changed, rows: map[string]T{}}
+func newTable[T any](names *registry.Interner, reduce func(object any) (T, bool), same func(a, b T) bool, changed func(key registry.ObjectName, before, after *T)) *table[T] {
+	return &table[T]{reduce: reduce, same: same, changed: changed, names: names, rows: map[registry.ObjectName]T{}}
 }
 
 func (t *table[T]) state() tableState {
@@ -65,7 +69,7 @@ func (t *table[T]) state() tableState {
 	return t.tableState
 }
 
-func (t *table[T]) get(key string) (T, bool) {
+func (t *table[T]) get(key registry.ObjectName) (T, bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	row, ok := t.rows[key]
@@ -73,7 +77,7 @@ func (t *table[T]) get(key string) (T, bool) {
 }
 
 // each calls f for every row, under the lock.
-func (t *table[T]) each(f func(key string, row T)) {
+func (t *table[T]) each(f func(key registry.ObjectName, row T)) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for k, row := range t.rows {
@@ -103,21 +107,22 @@ func (t *table[T]) Transformer() cache.TransformFunc {
 			return nil, err
 		}
 		row, keep := t.reduce(object)
-		return &reduced[T]{metav1.ObjectMeta{Namespace: m.GetNamespace(), Name: m.GetName(), ResourceVersion: m.GetResourceVersion()}, row, keep}, nil
+		return &reduced[T]{metav1.ObjectMeta{Namespace: t.names.String(m.GetNamespace()), Name: m.GetName(), ResourceVersion: m.GetResourceVersion()}, row, keep}, nil
 	}
 }
 
-func (t *table[T]) take(object any) (string, T, bool, error) {
+func (t *table[T]) take(object any) (registry.ObjectName, T, bool, error) {
 	var zero T
 	r, err := t.Transformer()(object)
 	if err != nil {
-		return "", zero, false, err
+		return registry.ObjectName{}, zero, false, err
 	}
 	row := r.(*reduced[T])
-	return objectKeyOf(row.Namespace, row.Name), row.row, row.keep, nil
+	return registry.ObjectName{Namespace: row.Namespace, Name: row.Name}, row.row, row.keep, nil
 }
 
-func objectKeyOf(namespace, name string) string { return namespace + "/" + name }
+// inCluster is the key of what is in no namespace.
+func inCluster(name string) registry.ObjectName { return registry.ObjectName{Name: name} }
 
 // Add, Update, Delete, Replace and Resync implement cache.ReflectorStore.
 func (t *table[T]) Add(object any) error { return t.Update(object) }
@@ -135,7 +140,7 @@ func (t *table[T]) Update(object any) error {
 	return nil
 }
 
-func (t *table[T]) set(key string, row T) {
+func (t *table[T]) set(key registry.ObjectName, row T) {
 	t.mu.Lock()
 	before, there := t.rows[key]
 	if there && t.same(before, row) {
@@ -151,7 +156,7 @@ func (t *table[T]) set(key string, row T) {
 	}
 }
 
-func (t *table[T]) remove(key string) {
+func (t *table[T]) remove(key registry.ObjectName) {
 	t.mu.Lock()
 	before, there := t.rows[key]
 	delete(t.rows, key)
@@ -170,7 +175,7 @@ func (t *table[T]) Delete(object any) error {
 }
 
 func (t *table[T]) Replace(objects []any, _ string) error {
-	seen := make(map[string]bool, len(objects))
+	seen := make(map[registry.ObjectName]bool, len(objects))
 	for _, object := range objects {
 		key, row, keep, err := t.take(object)
 		if err != nil {
@@ -181,7 +186,7 @@ func (t *table[T]) Replace(objects []any, _ string) error {
 			t.set(key, row)
 		}
 	}
-	var gone []string
+	var gone []registry.ObjectName
 	t.mu.Lock()
 	for key := range t.rows {
 		if !seen[key] {
@@ -197,7 +202,7 @@ func (t *table[T]) Replace(objects []any, _ string) error {
 	t.synced, t.denied, t.err = true, nil, nil
 	t.mu.Unlock()
 	if first {
-		t.changed("", nil, nil)
+		t.changed(registry.ObjectName{}, nil, nil)
 	}
 	return nil
 }
@@ -217,7 +222,7 @@ func (t *table[T]) note(err error) {
 	changed := before.settled() != t.settled() || (before.err == nil) != (err == nil)
 	t.mu.Unlock()
 	if changed {
-		t.changed("", nil, nil)
+		t.changed(registry.ObjectName{}, nil, nil)
 	}
 }
 
