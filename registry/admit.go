@@ -11,11 +11,17 @@ import (
 	"github.com/isthmus-mesh/isthmus/federation"
 )
 
+// admission leaves out of a source's levels what it was not granted.
+type admission struct {
+	source  federation.SourceID
+	trimmed map[*federation.Record]*federation.Record
+}
+
 // admit is the level without what its source was not granted, and the level's findings
 // with those about that. Services of kube-* stay, because they are local to their cluster
 // (see federation.Snapshot.Granted).
-func (i *Ingest) admit(level *Level, grant federation.Grant) (*Level, []federation.Finding) {
-	if _, kube := i.config.SourceID.Cluster(); !kube {
+func (a *admission) admit(level *Level, grant federation.Grant) (*Level, []federation.Finding) {
+	if _, kube := a.source.Cluster(); !kube {
 		return level, level.Findings
 	}
 	r := refusal{}
@@ -24,7 +30,7 @@ func (i *Ingest) admit(level *Level, grant federation.Grant) (*Level, []federati
 		namespace := record.Name.Namespace
 		return grant.AllowsNamespace(namespace) || strings.HasPrefix(namespace, "kube-") || r.add("services", namespace)
 	})
-	out.Records = i.trim(out.Records, grant, r)
+	out.Records = a.trim(out.Records, grant, r)
 	out.Workloads = keep(level.Workloads, func(_ string, w *federation.Workload) bool {
 		return grant.AllowsIdentity(w.Namespace, w.ServiceAccount) || r.add("workloads", w.Namespace+"/"+w.ServiceAccount)
 	})
@@ -40,14 +46,14 @@ func (i *Ingest) admit(level *Level, grant federation.Grant) (*Level, []federati
 			out.Objects[kind] = kept
 		}
 	}
-	return &out, append(slices.Clip(level.Findings), r.findings(i.config.SourceID)...)
+	return &out, append(slices.Clip(level.Findings), r.findings(a.source)...)
 }
 
 // trim leaves out the endpoints whose identity is not granted. A record that was trimmed
 // before is the same pointer again.
-func (i *Ingest) trim(records map[federation.ServiceName]*federation.Record, grant federation.Grant, r refusal) map[federation.ServiceName]*federation.Record {
+func (a *admission) trim(records map[federation.ServiceName]*federation.Record, grant federation.Grant, r refusal) map[federation.ServiceName]*federation.Record {
 	if len(grant.ServiceAccounts) == 0 {
-		i.trimmed = nil
+		a.trimmed = nil
 		return records
 	}
 	out, trimmed := records, map[*federation.Record]*federation.Record{}
@@ -63,7 +69,7 @@ func (i *Ingest) trim(records map[federation.ServiceName]*federation.Record, gra
 			continue
 		}
 		r.add("endpoints", name.Namespace+"/"+record.Endpoints[at].ServiceAccount)
-		less := i.trimmed[record]
+		less := a.trimmed[record]
 		if less == nil {
 			copied := *record
 			copied.Endpoints = slices.DeleteFunc(slices.Clone(record.Endpoints), refused)
@@ -75,7 +81,7 @@ func (i *Ingest) trim(records map[federation.ServiceName]*federation.Record, gra
 		}
 		out[name] = less
 	}
-	i.trimmed = trimmed
+	a.trimmed = trimmed
 	return out
 }
 

@@ -27,6 +27,19 @@ type IngestConfig struct {
 	// means 1 s.
 	Retry time.Duration
 
+	// Exposure is how long a store may take to store a level, until the level is shown
+	// without it; zero means 1 s. One that is away is not waited for.
+	Exposure time.Duration
+
+	// Absence is how long a store is away until this replica looks for itself at a source
+	// that another one syncs; zero means 3 s.
+	Absence time.Duration
+
+	// Linger is how long it goes on doing so when another replica syncs the source again:
+	// longer than a session outlives its process, so that the other one surely lives. Zero
+	// means 10 s.
+	Linger time.Duration
+
 	// Log; nil means none.
 	Log *slog.Logger
 
@@ -34,33 +47,63 @@ type IngestConfig struct {
 	Now func() time.Time
 }
 
+func (c *IngestConfig) setDefaults() {
+	for _, f := range []struct {
+		field *time.Duration
+		value time.Duration
+	}{
+		{&c.Holdoff, 10 * time.Millisecond}, {&c.Retry, time.Second}, {&c.Exposure, time.Second},
+		{&c.Absence, 3 * time.Second}, {&c.Linger, 10 * time.Second},
+	} {
+		if *f.field == 0 {
+			*f.field = f.value
+		}
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	if c.Now == nil {
+		c.Now = time.Now
+	}
+}
+
 // Ingest brings what one source reports into the store, while it has the session for it.
+// What the store does not take in time is shown from memory (see exposer).
 type Ingest struct {
 	config  IngestConfig
 	log     *slog.Logger
 	metrics *ingestMetrics
 	wake    chan struct{} // there is something to do; holds one
+	exposer *exposer
 
 	// mu guards what the source said last and what became of it.
 	mu       sync.Mutex
 	level    *Level
-	offered  bool // level is newer than what was stored
+	number   uint64 // of the level under its grant; 0 for none
+	offered  bool   // level is newer than what was stored
 	status   Status
 	observed bool
 	grant    federation.Grant
 	state    SourceState
 
 	// Only Run's goroutine uses these.
-	trimmed map[*federation.Record]*federation.Record
+	running *runningSource
+	began   federation.Revision // of the last session that stored something here
+	seen    federation.Revision // what was settled when the source was started
+	settled time.Time           // since when another replica is known to sync the source
 }
 
 // SourceState is what is known about a source where it is synced.
 type SourceState struct {
 	Source federation.SourceID
 
-	// Holding tells that this replica syncs the source; if not, the rest is what was known
-	// when it last did.
-	Holding bool
+	// Holding tells that this replica syncs the source. Watching tells that it looks at the
+	// source: because it syncs it, or because the store is away. If it does not, the rest
+	// is what was known when it last did.
+	Holding, Watching bool
+
+	// Exposed tells that what the source says is shown from memory, since when.
+	Exposed time.Time
 
 	Status   Status
 	Findings []federation.Finding
@@ -77,23 +120,13 @@ func NewIngest(config IngestConfig) *Ingest {
 }
 
 func newIngest(config IngestConfig, metrics *ingestMetrics) *Ingest {
-	if config.Holdoff == 0 {
-		config.Holdoff = 10 * time.Millisecond
-	}
-	if config.Retry == 0 {
-		config.Retry = time.Second
-	}
-	if config.Log == nil {
-		config.Log = slog.New(slog.DiscardHandler)
-	}
-	if config.Now == nil {
-		config.Now = time.Now
-	}
+	config.setDefaults()
 	i := &Ingest{
 		config: config, metrics: metrics,
 		log:  config.Log.With("source", config.SourceID),
 		wake: make(chan struct{}, 1),
 	}
+	i.exposer = newExposer(&i.config, i.log)
 	i.state.Source = config.SourceID
 	snapshot, _ := config.Store.Snapshot()
 	i.grant, _ = snapshot.GrantOf(config.SourceID)
@@ -102,16 +135,21 @@ func newIngest(config IngestConfig, metrics *ingestMetrics) *Ingest {
 
 // State tells how the source is.
 func (i *Ingest) State() SourceState {
+	exposed := i.exposer.since()
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	return i.state
+	state := i.state
+	state.Exposed = exposed
+	return state
 }
 
 // Offer implements Sink.
 func (i *Ingest) Offer(level Level) {
 	i.mu.Lock()
 	i.level, i.offered = &level, true
+	i.number++
 	i.state.Offered = i.config.Now()
+	i.exposer.offer(i.number, i.level, i.grant)
 	i.mu.Unlock()
 	i.metrics.offers.Inc()
 	i.wakeUp()
@@ -131,7 +169,11 @@ func (i *Ingest) SetGrant(grant federation.Grant) {
 	i.mu.Lock()
 	same := i.grant.Equal(grant)
 	i.grant = grant
-	i.offered = i.offered || !same && i.level != nil
+	if !same && i.level != nil {
+		i.offered = true
+		i.number++
+		i.exposer.offer(i.number, i.level, grant)
+	}
 	i.mu.Unlock()
 	if !same {
 		i.wakeUp()
@@ -146,14 +188,25 @@ func (i *Ingest) wakeUp() {
 }
 
 // Run runs the source whenever this replica has its session, until ctx ends or the store
-// knows no such source any more. While another replica has it, it waits for its turn.
+// knows no such source any more. While another replica has it, it waits for its turn; if
+// the store is away for long, the source is run all the same, and what it says is shown
+// from memory.
 func (i *Ingest) Run(ctx context.Context, source Source) error {
-	var running *runningSource
-	defer func() { running.stop() }()
+	exposing, stop := context.WithCancel(ctx)
+	exposed := make(chan struct{})
+	go func() { defer close(exposed); i.exposer.run(exposing) }()
+	defer func() { i.stop(); stop(); <-exposed }()
 	defer i.setHolding(false)
 	retry := i.newBackOff()
 	for {
+		if i.running == nil && i.storeIsAway() {
+			i.log.Warn("the store is away: looking at the source without it")
+			i.start(ctx, source)
+		}
 		session, err := i.config.Store.Begin(ctx, i.config.SourceID)
+		if !errors.Is(err, ErrHeld) {
+			i.settled = time.Time{}
+		}
 		switch {
 		case ctx.Err() != nil:
 			if err == nil {
@@ -163,28 +216,63 @@ func (i *Ingest) Run(ctx context.Context, source Source) error {
 		case errors.Is(err, ErrNotFound):
 			return nil
 		case errors.Is(err, ErrHeld):
-			// Another replica took over: what we have is no longer needed.
-			running.stop()
-			running = nil
-			i.drop()
+			i.yield()
 		case err != nil:
 			i.log.Warn("cannot get the session of the source", "error", err)
 		default:
 			retry.Reset()
-			i.log.Info("syncing the source")
-			i.setHolding(true)
-			if running == nil {
-				running = i.start(ctx, source)
-			}
-			i.hold(ctx, session)
-			i.setHolding(false)
-			i.closeSession(ctx, session)
+			i.take(ctx, source, session)
 			continue
 		}
 		if !i.sleep(ctx, retry.NextBackOff()) {
 			return nil
 		}
 	}
+}
+
+// storeIsAway tells that the store has been away for so long that who syncs the source
+// cannot tell what it says.
+func (i *Ingest) storeIsAway() bool {
+	h := i.config.Store.Health()
+	return h.Degraded && i.config.Now().Sub(h.Since) >= i.config.Absence
+}
+
+// yield leaves the source to the replica that syncs it. If this one has looked at it while
+// the store was away, it goes on until the other one has surely stored what the source says
+// by now: what has vanished meanwhile must not come back for the moment in between.
+func (i *Ingest) yield() {
+	if i.running == nil {
+		return
+	}
+	if !i.config.Store.SyncedElsewhere(i.config.SourceID) {
+		i.settled = time.Time{}
+		return
+	}
+	now := i.config.Now()
+	if i.settled.IsZero() {
+		i.settled = now
+	}
+	if i.exposer.since().IsZero() || now.Sub(i.settled) >= i.config.Linger {
+		i.stop()
+	}
+}
+
+// take syncs the source for as long as the session lasts.
+func (i *Ingest) take(ctx context.Context, source Source, session Session) {
+	i.log.Info("syncing the source")
+	if last := i.config.Store.Settled(i.config.SourceID); i.running != nil && last != i.seen && last != i.began {
+		// Another replica has stored what it saw since our caches were made, and they may be
+		// older: that of a process that was paused, or cut off, are.
+		i.log.Info("another replica has synced the source meanwhile, reading it anew")
+		i.stop()
+	}
+	i.setHolding(true)
+	if i.running == nil {
+		i.start(ctx, source)
+	}
+	i.hold(ctx, session)
+	i.setHolding(false)
+	i.closeSession(ctx, session)
 }
 
 func (i *Ingest) newBackOff() *backoff.ExponentialBackOff {
@@ -216,31 +304,35 @@ func (i *Ingest) setHolding(holding bool) {
 	i.state.Holding = holding
 }
 
-// drop forgets what the source said.
-func (i *Ingest) drop() {
-	i.mu.Lock()
-	defer i.mu.Unlock()
-	i.level, i.offered, i.observed = nil, false, false
-	i.trimmed = nil
-}
-
 // runningSource is a source in a goroutine of its own.
 type runningSource struct {
 	cancel context.CancelFunc
 	done   chan struct{}
 }
 
-func (r *runningSource) stop() {
-	if r != nil {
-		r.cancel()
-		<-r.done
+// stop ends the source and forgets what it said.
+func (i *Ingest) stop() {
+	if i.running == nil {
+		return
 	}
+	i.running.cancel()
+	<-i.running.done
+	i.running, i.settled = nil, time.Time{}
+	i.exposer.forget()
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	i.level, i.offered, i.observed = nil, false, false
+	i.state.Watching = false
 }
 
 // start runs the source, again and again if it fails.
-func (i *Ingest) start(ctx context.Context, source Source) *runningSource {
+func (i *Ingest) start(ctx context.Context, source Source) {
 	ctx, cancel := context.WithCancel(ctx)
 	r := &runningSource{cancel, make(chan struct{})}
+	i.running, i.seen = r, i.config.Store.Settled(i.config.SourceID)
+	i.mu.Lock()
+	i.state.Watching = true
+	i.mu.Unlock()
 	go func() {
 		defer close(r.done)
 		retry := i.newBackOff()
@@ -260,7 +352,6 @@ func (i *Ingest) start(ctx context.Context, source Source) *runningSource {
 			}
 		}
 	}()
-	return r
 }
 
 // hold stores what the source says for as long as the session lasts.
@@ -301,18 +392,23 @@ func (i *Ingest) hold(ctx context.Context, session Session) {
 // store applies what is new since the last time.
 func (i *Ingest) store(ctx context.Context, session Session) error {
 	i.mu.Lock()
-	level, offered, status, observed, grant := i.level, i.offered, i.status, i.observed, i.grant
+	level, number, offered, status, observed, grant := i.level, i.number, i.offered, i.status, i.observed, i.grant
 	i.offered, i.observed = false, false
 	i.mu.Unlock()
 	var written Written
 	var err error
 	if offered {
-		var findings []federation.Finding
-		level, findings = i.admit(level, grant)
+		admitted, findings := i.exposer.admit(number, level, grant)
 		began := i.config.Now()
-		written, err = session.Apply(ctx, level)
+		written, err = session.Apply(ctx, admitted)
 		i.metrics.seconds.Observe(i.config.Now().Sub(began).Seconds())
 		i.applied(findings, err)
+		if err == nil {
+			i.exposer.stored(number, written.Revision)
+			if level.Records != nil {
+				i.began = session.Began()
+			}
+		}
 	}
 	if observed {
 		more, conditionsErr := session.SetConditions(ctx, status.Conditions)
@@ -322,7 +418,7 @@ func (i *Ingest) store(ctx context.Context, session Session) error {
 	i.metrics.count(written)
 	if err != nil {
 		i.mu.Lock()
-		i.offered, i.observed = i.offered || offered, i.observed || observed
+		i.offered, i.observed = i.offered || offered && i.level != nil, i.observed || observed
 		i.mu.Unlock()
 	}
 	return err

@@ -24,8 +24,8 @@ type RunnerConfig struct {
 	Cluster func(m *Member) Source
 	VMs     func(n federation.Network) Source
 
-	// Holdoff and Retry are those of IngestConfig.
-	Holdoff, Retry time.Duration
+	// Those of IngestConfig.
+	Holdoff, Retry, Exposure, Absence, Linger time.Duration
 
 	// Log; nil means none.
 	Log *slog.Logger
@@ -139,7 +139,8 @@ func (r *Runner) vmNetworks(snapshot *federation.Snapshot, leftovers bool) []fed
 func (r *Runner) start(ctx context.Context, id federation.SourceID, source Source) *runningIngest {
 	ctx, cancel := context.WithCancel(ctx)
 	ingest := newIngest(IngestConfig{
-		Store: r.config.Store, SourceID: id, Holdoff: r.config.Holdoff, Retry: r.config.Retry, Log: r.config.Log,
+		Store: r.config.Store, SourceID: id, Log: r.config.Log, Holdoff: r.config.Holdoff, Retry: r.config.Retry,
+		Exposure: r.config.Exposure, Absence: r.config.Absence, Linger: r.config.Linger,
 	}, r.metrics)
 	running := &runningIngest{ingest, cancel, make(chan struct{})}
 	go func() {

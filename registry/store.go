@@ -55,6 +55,24 @@ type Store interface {
 	// ErrNotFound if the source is that of no member.
 	Begin(ctx context.Context, source federation.SourceID) (Session, error)
 
+	// Expose shows what a source says now in the place of what is stored of it, in the
+	// snapshots of this replica alone, for as long as it cannot be stored. Kinds that the
+	// level does not know are shown as they are stored. A later level takes its place; no
+	// part of it is ever changed. Virtual addresses are not given out of memory: a service
+	// that is new waits for the store.
+	Expose(source federation.SourceID, level *Level)
+
+	// Conceal ends that as soon as this replica has read that revision of the store.
+	Conceal(source federation.SourceID, after federation.Revision)
+
+	// Settled is the revision at which the last session began that has stored a whole level
+	// of the source, as far as this replica has read; 0 if none has.
+	Settled(source federation.SourceID) federation.Revision
+
+	// SyncedElsewhere tells that another replica has the session of a source and has stored
+	// a whole level with it, as far as this replica has read.
+	SyncedElsewhere(source federation.SourceID) bool
+
 	// Health tells how the store itself is.
 	Health() Health
 
@@ -75,6 +93,9 @@ type Session interface {
 	// SetConditions stores transitions of the source's conditions, of clusters only.
 	SetConditions(ctx context.Context, conditions []federation.Condition) (Written, error)
 
+	// Began is the revision that began the session.
+	Began() federation.Revision
+
 	// Lost is closed when the session is over.
 	Lost() <-chan struct{}
 
@@ -87,6 +108,9 @@ type Written struct {
 	Transactions int
 	Operations   int
 	Bytes        int // of keys and values
+
+	// Revision by which all that was asked for is stored; only Apply tells it.
+	Revision federation.Revision
 }
 
 // Add sums up.
@@ -94,6 +118,7 @@ func (w *Written) Add(o Written) {
 	w.Transactions += o.Transactions
 	w.Operations += o.Operations
 	w.Bytes += o.Bytes
+	w.Revision = max(w.Revision, o.Revision)
 }
 
 // Members are the joined clusters.

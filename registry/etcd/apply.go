@@ -22,6 +22,11 @@ func (s *session) Apply(ctx context.Context, level *registry.Level) (registry.Wr
 	if err != nil {
 		return written, fmt.Errorf("source %s: %w", s.source, err)
 	}
+	settling, err := s.settle(level)
+	if err != nil {
+		return written, fmt.Errorf("source %s: %w", s.source, err)
+	}
+	groups = append(groups, settling...)
 	for len(groups) > 0 {
 		batch := nextBatch(groups)
 		if err := s.write(ctx, groups[:batch], &written); err != nil {
@@ -29,8 +34,47 @@ func (s *session) Apply(ctx context.Context, level *registry.Level) (registry.Wr
 		}
 		groups = groups[batch:]
 	}
+	if written.Transactions == 0 {
+		if err := s.confirm(ctx); err != nil {
+			return written, err
+		}
+	}
 	s.baseline.settled(level)
+	written.Revision = federation.Revision(max(s.fence, s.revision))
 	return written, nil
+}
+
+// confirm makes sure, where nothing is to be written, that what this session knows to be
+// stored still is. It costs a question to etcd only while the source is exposed, because
+// then something may be shown again that was shown differently.
+func (s *session) confirm(ctx context.Context) error {
+	if err := s.over(); err != nil {
+		return err
+	}
+	s.store.mu.Lock()
+	exposed := s.store.replica.exposed[s.source] != nil
+	s.store.mu.Unlock()
+	if !exposed {
+		return nil
+	}
+	var unwritten registry.Written
+	return s.commit(ctx, []clientv3.Op{clientv3.OpGet(s.store.prefix + sessionKey(s.source))}, &unwritten)
+}
+
+// settle tells the other replicas that what is stored of the source is a level of this
+// session, and no longer what an earlier one has left: once, with its first whole level.
+func (s *session) settle(level *registry.Level) ([]*group, error) {
+	if s.settled || level.Records == nil {
+		return nil, nil
+	}
+	value, err := encode(&settledValue{version{schema}, s.fence})
+	if err != nil {
+		return nil, err
+	}
+	return []*group{{
+		puts: []keyValue{{key: settledKey(s.source), value: value}},
+		done: func() { s.settled = true },
+	}}, nil
 }
 
 // nextBatch is how many groups fit into one transaction; at least one, since a group alone

@@ -120,7 +120,7 @@ func connect(config DatabaseConfig) (*Database, error) {
 // reconnect keeps trying: by default gRPC would wait up to two minutes after an etcd that
 // was away for long is back.
 var reconnect = grpc.ConnectParams{
-	Backoff:           backoff.Config{BaseDelay: 200 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 3 * time.Second},
+	Backoff:           backoff.Config{BaseDelay: 200 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second},
 	MinConnectTimeout: 3 * time.Second,
 }
 

@@ -20,6 +20,7 @@
 //	vms/<network>/<name>/health           what it reported last
 //	vms/<network>/<name>/present          there while some replica hears of it
 //	sessions/<source>                     who syncs the source: the fence
+//	settled/<source>                      which session has stored a whole level of the source
 //	replicas/<name>                       a Replica, there while it lives
 //	changes/<time>                        why endpoints came and went
 //
@@ -35,5 +36,7 @@
 // whole, with its head.
 //
 // Reads are answered from a replica in memory that one watch keeps up to date. It is the
-// newest state this process knows, whether or not etcd can be reached now.
+// newest state this process knows, whether or not etcd can be reached now. What a source
+// says while it cannot be stored takes the place of what is stored of it (see
+// Store.Expose), in this process alone.
 package etcd

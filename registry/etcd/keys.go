@@ -24,6 +24,7 @@ const (
 	byIPPrefix       = "addresses/by-ip/"
 	vmsPrefix        = "vms/"
 	sessionsPrefix   = "sessions/"
+	settledPrefix    = "settled/"
 	replicasPrefix   = "replicas/"
 	changesPrefix    = "changes/"
 )
@@ -31,7 +32,7 @@ const (
 // loaded are the prefixes whose values the replica holds.
 var loaded = []string{
 	clustersPrefix, recordsPrefix, workloadsPrefix, gatewaysPrefix, configPrefix,
-	byHostPrefix, vmsPrefix, sessionsPrefix, replicasPrefix,
+	byHostPrefix, vmsPrefix, sessionsPrefix, settledPrefix, replicasPrefix,
 }
 
 // key joins parts to a key, each of them encoded so that it has no slash. An empty part
@@ -80,6 +81,7 @@ func credentialsKey(id federation.ClusterID) string { return clusterKey(id) + "/
 func nameKey(name string) string                    { return key(namesPrefix, name) }
 func issuerKey(thumbprint string) string            { return key(issuerKeysPrefix, thumbprint) }
 func sessionKey(s federation.SourceID) string       { return key(sessionsPrefix, string(s)) }
+func settledKey(s federation.SourceID) string       { return key(settledPrefix, string(s)) }
 func replicaKey(name string) string                 { return key(replicasPrefix, name) }
 
 func recordKey(s federation.SourceID, n federation.ServiceName) string {

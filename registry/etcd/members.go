@@ -288,6 +288,7 @@ func (s *Store) removeMember(t *transaction, m, successor *registry.Member) {
 	t.delete(clusterKey(m.ID))
 	t.deleteBelow(clusterKey(m.ID))
 	t.delete(sessionKey(source))
+	t.delete(settledKey(source))
 	t.deleteBelow(key(recordsPrefix, string(source)))
 	t.deleteBelow(key(workloadsPrefix, string(source)))
 	t.deleteBelow(key(configPrefix, string(source)))
@@ -404,22 +405,23 @@ func (s *Store) SetCredentials(ctx context.Context, id federation.ClusterID, c r
 	})
 }
 
-// Credentials implements registry.Members.
+// Credentials implements registry.Members. They are kept in memory, sealed, so that a
+// member can be watched while etcd is away.
 func (s *Store) Credentials(ctx context.Context, id federation.ClusterID) (registry.Credentials, error) {
 	var c registry.Credentials
 	if s.config.Sealer == nil {
 		return c, errNoSealer
 	}
 	k := credentialsKey(id)
-	read, err := s.read(ctx, k)
+	value, err := s.sealed(ctx, id)
 	if err != nil {
 		return c, fmt.Errorf("credentials of cluster %s: %w", id, err)
 	}
-	if read[k].value == nil {
+	if value == nil {
 		return c, fmt.Errorf("credentials of cluster %s: %w", id, registry.ErrNotFound)
 	}
 	var v credentialsValue
-	if err := decode(read[k].value, &v, &v.version); err != nil {
+	if err := decode(value, &v, &v.version); err != nil {
 		return c, fmt.Errorf("credentials of cluster %s: %w", id, err)
 	}
 	plain, err := s.config.Sealer.Open(k, v.Sealed)
@@ -430,4 +432,18 @@ func (s *Store) Credentials(ctx context.Context, id federation.ClusterID) (regis
 		return c, fmt.Errorf("credentials of cluster %s: %w", id, err)
 	}
 	return c, nil
+}
+
+// sealed is the value that holds the credentials of a member, nil if there is none. What
+// has not been heard of may just have been written.
+func (s *Store) sealed(ctx context.Context, id federation.ClusterID) ([]byte, error) {
+	s.mu.Lock()
+	value := s.replica.secrets[id]
+	s.mu.Unlock()
+	if value != nil {
+		return value, nil
+	}
+	k := credentialsKey(id)
+	read, err := s.read(ctx, k)
+	return read[k].value, err
 }

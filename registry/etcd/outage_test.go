@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -176,6 +177,73 @@ func TestPausedReplicaWritesNothingWhenItResumes(t *testing.T) {
 	s := registrytest.Eventually(t, l.far, "the record is seen", func(s *federation.Snapshot) bool { return len(s.Records) == 1 })
 	if got := len(s.Records[cart.Name][0].Endpoints); got != 3 {
 		t.Errorf("%d endpoints, want 3", got)
+	}
+}
+
+func TestOwnSessionIsTakenBackAtOnce(t *testing.T) {
+	t.Parallel()
+	l := newLinked(t)
+	store := newStore(t, etcd.StoreConfig{Client: l.database().Client(), Replica: "far", SessionTTL: time.Hour, Patience: 300 * time.Millisecond})
+	first := begin(t, store, l.member.Source())
+	if _, err := store.Begin(t.Context(), l.member.Source()); !errors.Is(err, registry.ErrHeld) {
+		t.Errorf("a second session beside one that lives: got %v, want ErrHeld", err)
+	}
+	l.set(true)
+	first.Close(t.Context()) // etcd does not hear of it
+	l.set(false)
+	second, err := store.Begin(t.Context(), l.member.Source())
+	for deadline := time.Now().Add(registrytest.Patience); err != nil; second, err = store.Begin(t.Context(), l.member.Source()) {
+		if errors.Is(err, registry.ErrHeld) || time.Now().After(deadline) {
+			t.Fatalf("its own abandoned session is in the way: %v", err)
+		}
+	}
+	defer second.Close(context.Background())
+	if _, err := l.near.Begin(t.Context(), l.member.Source()); !errors.Is(err, registry.ErrHeld) {
+		t.Errorf("a session of another replica: got %v, want ErrHeld", err)
+	}
+	if _, err := first.Apply(t.Context(), &registry.Level{Records: registrytest.Records()}); !errors.Is(err, registry.ErrFenced) {
+		t.Errorf("a write of the abandoned session: got %v, want ErrFenced", err)
+	}
+}
+
+func TestCredentialsAreReadFromMemory(t *testing.T) {
+	t.Parallel()
+	l := newLinked(t)
+	l.set(true)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	if c, err := l.far.Credentials(ctx, l.member.ID); err != nil || c.Reader.Token != "t" {
+		t.Errorf("while etcd is away: %v, %v", c, err)
+	}
+}
+
+func TestSleeperIsNotCurrentUntilItHasCaughtUp(t *testing.T) {
+	t.Parallel()
+	l := newLinked(t)
+	var slept atomic.Int64
+	now := func() time.Time { return time.Now().Add(time.Duration(slept.Load())) }
+	store := newStore(t, etcd.StoreConfig{Client: l.database().Client(), Replica: "sleeper", Heartbeat: 50 * time.Millisecond, Patience: time.Second, Now: now})
+	if err := store.Current(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for round := range 5 {
+		id := federation.ClusterID(fmt.Sprint("uid-late-", round))
+		if _, err := l.near.Join(t.Context(), registrytest.Member(t, id, "late-"+fmt.Sprint(round)), registrytest.Token("t"), false); err != nil {
+			t.Fatal(err)
+		}
+		slept.Add(int64(time.Minute))
+		if err := store.Current(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if store.Members()[id] == nil {
+			t.Errorf("round %d: it is current, and does not know what happened while it slept", round)
+		}
+	}
+	l.set(true)
+	slept.Add(int64(time.Minute))
+	began := time.Now()
+	if err := store.Current(t.Context()); err != nil || time.Since(began) > registrytest.Patience {
+		t.Errorf("with etcd away: %v after %v", err, time.Since(began))
 	}
 }
 

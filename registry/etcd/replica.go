@@ -30,9 +30,12 @@ type replica struct {
 	addresses  map[string]federation.VirtualAddress
 	vms        map[registry.VMName]*vmState
 	sessions   map[federation.SourceID]sessionState
-	replicas   map[string]Replica // by name, this one too
-	quarantine map[string]string  // key to reason
-	newer      map[string]string  // keys that make the store read-only
+	settled    map[federation.SourceID]int64 // create revision of the session that stored a level
+	exposed    map[federation.SourceID]*exposure
+	secrets    map[federation.ClusterID][]byte // members' credentials, sealed
+	replicas   map[string]Replica              // by name, this one too
+	quarantine map[string]string               // key to reason
+	newer      map[string]string               // keys that make the store read-only
 
 	// What the next snapshot cannot share with the last one.
 	dirtyServices map[federation.ServiceName]bool
@@ -91,6 +94,9 @@ func newReplica(seed maphash.Seed) *replica {
 		addresses:     map[string]federation.VirtualAddress{},
 		vms:           map[registry.VMName]*vmState{},
 		sessions:      map[federation.SourceID]sessionState{},
+		settled:       map[federation.SourceID]int64{},
+		exposed:       map[federation.SourceID]*exposure{},
+		secrets:       map[federation.ClusterID][]byte{},
 		replicas:      map[string]Replica{},
 		quarantine:    map[string]string{},
 		newer:         map[string]string{},
@@ -152,6 +158,8 @@ func (r *replica) take(k string, value []byte, created int64) error {
 		return r.takeVM(k, value)
 	case strings.HasPrefix(k, replicasPrefix):
 		return r.takeReplica(k, value)
+	case strings.HasPrefix(k, settledPrefix):
+		return r.takeSettled(k, value)
 	}
 	return r.takeSession(k, value, created)
 }
@@ -308,7 +316,11 @@ func (r *replica) takeMember(k string, value []byte) error {
 	case p[1] == "credentials":
 		var v version
 		r.dirtyMembers = true
-		return decode(value, &v, &v) // sealed: read when it is needed
+		if err := decode(value, &v, &v); err != nil {
+			return err
+		}
+		r.secrets[id] = slices.Clone(value) // sealed: opened when it is needed
+		return nil
 	default:
 		return fmt.Errorf("unknown part %q of a cluster", p[1])
 	}
@@ -415,6 +427,24 @@ func (r *replica) takeSession(k string, value []byte, created int64) error {
 	return err
 }
 
+type settledValue struct {
+	version
+	Session int64 `json:"session"` // its key's create revision
+}
+
+func (r *replica) takeSettled(k string, value []byte) error {
+	p, err := parts(k, settledPrefix, 1, 1)
+	if err != nil {
+		return err
+	}
+	var v settledValue
+	if err := decode(value, &v, &v.version); err != nil {
+		return err
+	}
+	r.settled[federation.SourceID(p[0])] = v.Session
+	return nil
+}
+
 func (r *replica) takeReplica(k string, value []byte) error {
 	p, err := parts(k, replicasPrefix, 1, 1)
 	if err != nil {
@@ -468,6 +498,10 @@ func (r *replica) remove(k string) {
 		if p, err := parts(k, sessionsPrefix, 1, 1); err == nil {
 			delete(r.sessions, federation.SourceID(p[0]))
 		}
+	case strings.HasPrefix(k, settledPrefix):
+		if p, err := parts(k, settledPrefix, 1, 1); err == nil {
+			delete(r.settled, federation.SourceID(p[0]))
+		}
 	case strings.HasPrefix(k, replicasPrefix):
 		if p, err := parts(k, replicasPrefix, 1, 1); err == nil {
 			delete(r.replicas, p[0])
@@ -505,6 +539,9 @@ func (r *replica) removeMember(k string) {
 		return
 	}
 	id := federation.ClusterID(p[0])
+	if len(p) == 2 && p[1] == "credentials" {
+		delete(r.secrets, id)
+	}
 	state := r.members[id]
 	if state == nil {
 		return
@@ -562,7 +599,7 @@ func (r *replica) publish() bool {
 		next.Clusters = r.publishMembers()
 	}
 	if r.dirtyWork {
-		next.Workloads = maps.Clone(r.workloads)
+		next.Workloads = r.publishWorkloads()
 	}
 	if r.dirtyGateways {
 		next.Gateways = r.publishGateways()
@@ -585,11 +622,14 @@ func (r *replica) publishRecords(last map[federation.ServiceName][]*federation.R
 	next := maps.Clone(last)
 	for name := range r.dirtyServices {
 		var list []*federation.Record
-		for _, byName := range r.records {
-			if state := byName[name]; state != nil {
-				if record := state.assemble(); record != nil {
-					list = append(list, record)
-				}
+		for source := range r.records {
+			if record := r.recordOf(source, name); record != nil {
+				list = append(list, record)
+			}
+		}
+		for source, e := range r.exposed {
+			if record := e.shown.Records[name]; record != nil && r.records[source] == nil {
+				list = append(list, record)
 			}
 		}
 		if len(list) == 0 {
@@ -623,7 +663,14 @@ func (r *replica) publishMembers() map[federation.ClusterID]*federation.Cluster 
 func (r *replica) publishGateways() map[federation.Network][]*federation.Gateway {
 	next := map[federation.Network][]*federation.Gateway{}
 	for _, g := range r.gateways {
-		next[g.Network] = append(next[g.Network], g)
+		if e := r.exposed[g.Source]; e == nil || e.shown.Gateways == nil {
+			next[g.Network] = append(next[g.Network], g)
+		}
+	}
+	for _, e := range r.exposed {
+		for _, g := range e.shown.Gateways {
+			next[g.Network] = append(next[g.Network], g)
+		}
 	}
 	for _, list := range next {
 		slices.SortFunc(list, func(a, b *federation.Gateway) int {
@@ -634,7 +681,17 @@ func (r *replica) publishGateways() map[federation.Network][]*federation.Gateway
 }
 
 func (r *replica) publishObjects() []*federation.Object {
-	next := slices.Collect(maps.Values(r.objects))
+	next := make([]*federation.Object, 0, len(r.objects))
+	for k, o := range r.objects {
+		if !r.hidesObject(k, o.Source) {
+			next = append(next, o)
+		}
+	}
+	for _, e := range r.exposed {
+		for _, objects := range e.shown.Objects {
+			next = slices.AppendSeq(next, maps.Values(objects))
+		}
+	}
 	slices.SortFunc(next, func(a, b *federation.Object) int {
 		return cmp.Or(cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name),
 			a.Created.Compare(b.Created), cmp.Compare(a.Source, b.Source), cmp.Compare(a.APIVersion, b.APIVersion))

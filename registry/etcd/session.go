@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"go.etcd.io/etcd/api/v3/mvccpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/isthmus-mesh/isthmus/federation"
@@ -73,6 +74,8 @@ type session struct {
 	// mu is held while something is written, and guards what is known to be stored.
 	mu       sync.Mutex
 	baseline *baseline
+	revision int64 // of the last write
+	settled  bool  // a whole level was stored, and others were told so
 }
 
 // Begin implements registry.Store.
@@ -81,8 +84,10 @@ func (s *Store) Begin(ctx context.Context, source federation.SourceID) (registry
 	if err != nil {
 		return nil, fmt.Errorf("session of %s: %w", source, err)
 	}
+	s.setLiving(l.id, true)
 	fence, err := s.takeFence(ctx, source, l)
 	if err != nil {
+		s.setLiving(l.id, false)
 		end, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.config.Patience)
 		defer cancel()
 		l.end(end) // the error that counts is the first one; the lease ends by itself otherwise
@@ -129,8 +134,43 @@ func (s *Store) takeFence(ctx context.Context, source federation.SourceID, l *le
 		return 0, fmt.Errorf("cluster %s: %w", cluster, registry.ErrNotFound)
 	case clientv3.LeaseID(kvs[0].Lease) == l.id: // an attempt that seemed to fail
 		return kvs[0].CreateRevision, nil
+	case s.isAbandoned(kvs[0]):
+		if err := s.removeAbandoned(ctx, kvs[0], l); err != nil {
+			return 0, err
+		}
+		return s.takeFence(ctx, source, l)
 	}
 	return 0, registry.ErrHeld
+}
+
+// isAbandoned tells whether a session's key is one that this very process has given up
+// while etcd was away. An etcd that was away renews all leases when it comes back, so that
+// waiting for its end would take long.
+func (s *Store) isAbandoned(kv *mvccpb.KeyValue) bool {
+	var v sessionValue
+	if decode(kv.Value, &v, &v.version) != nil || v.Holder != s.holder {
+		return false
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return !s.living[clientv3.LeaseID(kv.Lease)]
+}
+
+func (s *Store) removeAbandoned(ctx context.Context, kv *mvccpb.KeyValue, l *lease) error {
+	k := string(kv.Key)
+	same := clientv3.Compare(clientv3.CreateRevision(k), "=", kv.CreateRevision)
+	_, err := s.commit(ctx, l.lost, []clientv3.Cmp{same}, []clientv3.Op{clientv3.OpDelete(k)}, nil)
+	return err
+}
+
+func (s *Store) setLiving(id clientv3.LeaseID, living bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if living {
+		s.living[id] = true
+	} else {
+		delete(s.living, id)
+	}
 }
 
 // watchLease ends the session when its lease or its key has gone.
@@ -154,7 +194,15 @@ func (s *session) watchLease() {
 	}
 }
 
-func (s *session) end() { s.lostOnce.Do(func() { close(s.lost) }) }
+func (s *session) end() {
+	s.lostOnce.Do(func() {
+		close(s.lost)
+		s.store.setLiving(s.lease.id, false)
+	})
+}
+
+// Began implements registry.Session.
+func (s *session) Began() federation.Revision { return federation.Revision(s.fence) }
 
 // Lost implements registry.Session.
 func (s *session) Lost() <-chan struct{} { return s.lost }
@@ -169,10 +217,8 @@ func (s *session) Close(ctx context.Context) error {
 
 // commit writes operations if the fence still stands.
 func (s *session) commit(ctx context.Context, ops []clientv3.Op, written *registry.Written) error {
-	select {
-	case <-s.lost:
-		return fmt.Errorf("source %s: %w", s.source, registry.ErrFenced)
-	default:
+	if err := s.over(); err != nil {
+		return err
 	}
 	fence := clientv3.Compare(clientv3.CreateRevision(s.store.prefix+sessionKey(s.source)), "=", s.fence)
 	response, err := s.store.commit(ctx, s.lost, []clientv3.Cmp{fence}, ops, nil)
@@ -183,8 +229,19 @@ func (s *session) commit(ctx context.Context, ops []clientv3.Op, written *regist
 		s.end()
 		return fmt.Errorf("source %s: %w", s.source, registry.ErrFenced)
 	}
+	s.revision = response.Header.Revision
 	written.Add(registry.Written{Transactions: 1, Operations: len(ops), Bytes: opsSize(ops)})
 	return nil
+}
+
+// over is an error once the session has ended.
+func (s *session) over() error {
+	select {
+	case <-s.lost:
+		return fmt.Errorf("source %s: %w", s.source, registry.ErrFenced)
+	default:
+		return nil
+	}
 }
 
 // SetConditions implements registry.Session.

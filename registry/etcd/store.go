@@ -122,7 +122,16 @@ type Store struct {
 		revision int64
 		since    time.Time
 	}
-	rewatch context.CancelFunc // ends a watch that has stopped telling anything
+	rewatch context.CancelFunc        // ends a watch that has stopped telling anything
+	living  map[clientv3.LeaseID]bool // the leases of this process's sessions
+
+	// When etcd was last asked whether it is there, when it last said so, and which
+	// revision it had then; when this process was last found to have slept, until it has
+	// caught up; and what is closed whenever etcd was asked.
+	beaten, answered time.Time
+	newest           int64
+	woke             time.Time
+	awake            chan struct{}
 
 	// presence is the lease of the VMs that this replica hears of, made when needed.
 	presenceMu sync.Mutex
@@ -152,6 +161,9 @@ func New(config StoreConfig) *Store {
 		changed:  make(chan struct{}),
 		advanced: make(chan struct{}),
 		pulse:    config.Now(),
+		living:   map[clientv3.LeaseID]bool{},
+		beaten:   config.Now(),
+		awake:    make(chan struct{}),
 	}
 }
 
@@ -390,17 +402,29 @@ func (s *Store) takeEvents(events []*clientv3.Event, header int64, progress bool
 // advanceLocked publishes a snapshot if there is something new, and wakes who waits.
 func (s *Store) advanceLocked(revision int64, force bool) {
 	s.replica.revision = revision
-	if s.replica.publish() || force {
-		if force && s.replica.snapshot.Revision == 0 {
-			snapshot := *s.replica.snapshot
-			snapshot.Revision = federation.Revision(revision)
-			s.replica.snapshot = &snapshot
-		}
-		close(s.changed)
-		s.changed = make(chan struct{})
+	s.replica.concealStored()
+	if !s.publishLocked() && force {
+		snapshot := *s.replica.snapshot
+		snapshot.Revision = federation.Revision(revision)
+		s.replica.snapshot = &snapshot
+		s.tellLocked()
 	}
 	close(s.advanced)
 	s.advanced = make(chan struct{})
+}
+
+// publishLocked makes the next snapshot, if it differs from the last one.
+func (s *Store) publishLocked() bool {
+	published := s.replica.publish()
+	if published {
+		s.tellLocked()
+	}
+	return published
+}
+
+func (s *Store) tellLocked() {
+	close(s.changed)
+	s.changed = make(chan struct{})
 }
 
 // beat asks etcd again and again whether it is there, and whether the watch keeps up.
@@ -420,6 +444,7 @@ func (s *Store) beat(ctx context.Context) {
 		}
 		cancel()
 		s.mu.Lock()
+		s.beatLocked(response, err)
 		if err == nil {
 			s.beatenLocked()
 			s.checkWatchLocked(response.Header.Revision)
@@ -428,6 +453,61 @@ func (s *Store) beat(ctx context.Context) {
 		}
 		s.mu.Unlock()
 	}
+}
+
+// Current waits until this replica knows what etcd knew a moment ago, if it may know less:
+// a process that was paused does when it goes on. It waits no longer than it takes to see
+// that etcd is away, and then what is known is all there is.
+func (s *Store) Current(ctx context.Context) error {
+	for {
+		s.mu.Lock()
+		behind, wait := s.behindLocked()
+		awake, advanced := s.awake, s.advanced
+		s.mu.Unlock()
+		if !behind {
+			return nil
+		}
+		select {
+		case <-awake:
+		case <-advanced:
+		case <-time.After(wait):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// behindLocked tells whether this process has slept and not caught up since, and how long
+// it may go on being taken for that.
+func (s *Store) behindLocked() (bool, time.Duration) {
+	now := s.config.Now()
+	if now.Sub(s.beaten) > s.longestBeat() {
+		return true, s.config.Patience
+	}
+	left := 2*s.config.Patience - now.Sub(s.woke)
+	if s.woke.IsZero() || left <= 0 || !s.answered.Before(s.woke) && s.replica.revision >= s.newest {
+		s.woke = time.Time{}
+		return false, 0
+	}
+	return true, left
+}
+
+// longestBeat is the most that lies between two beats, unless the process sleeps.
+func (s *Store) longestBeat() time.Duration { return 2*s.config.Heartbeat + s.config.Patience }
+
+// beatLocked notes that etcd was asked, and what it said.
+func (s *Store) beatLocked(response *clientv3.GetResponse, err error) {
+	now := s.config.Now()
+	if now.Sub(s.beaten) > s.longestBeat() {
+		s.log.Warn("this process has slept", "for", now.Sub(s.beaten).Round(time.Second))
+		s.woke = now
+	}
+	s.beaten = now
+	if err == nil {
+		s.answered, s.newest = now, response.Header.Revision
+	}
+	close(s.awake)
+	s.awake = make(chan struct{})
 }
 
 // checkWatchLocked ends a watch that has not told for long what etcd has.

@@ -48,6 +48,8 @@ func Store(t *testing.T, newReplica func(t *testing.T) registry.Store) {
 		{"a large record becomes visible as a whole", largeRecord},
 		{"what is unknown stays as it was", unknownStays},
 		{"a late session writes nothing", lateSession},
+		{"what is exposed is shown here alone, until it is stored", exposed},
+		{"who has stored a whole level is known", settled},
 		{"snapshots share what did not change", sharing},
 		{"members are unique", uniqueMembers},
 		{"a member that leaves takes everything along", leaving},
@@ -70,6 +72,16 @@ func begin(t *testing.T, store registry.Store, source federation.SourceID) regis
 	}
 	t.Cleanup(func() { session.Close(context.Background()) })
 	return session
+}
+
+// reached waits until a replica has read a revision.
+func reached(t *testing.T, store registry.Store, revision federation.Revision) {
+	t.Helper()
+	for deadline := time.Now().Add(Patience); store.Health().Revision < revision; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("after %v at revision %d, want %d", Patience, store.Health().Revision, revision)
+		}
+	}
 }
 
 func apply(t *testing.T, session registry.Session, level registry.Level) registry.Written {
@@ -175,8 +187,12 @@ func nothingChanged(t *testing.T, newReplica func(t *testing.T) registry.Store) 
 	if err := session.Close(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if w := apply(t, begin(t, store, m.Source()), level()); w.Transactions != 0 {
-		t.Errorf("an equal level in the next session wrote %+v", w)
+	next := begin(t, store, m.Source())
+	if w := apply(t, next, level()); w.Operations > 1 {
+		t.Errorf("an equal level in the next session wrote %+v, want no more than whose it is", w)
+	}
+	if w := apply(t, next, level()); w.Transactions != 0 {
+		t.Errorf("an equal level again wrote %+v", w)
 	}
 }
 
@@ -296,6 +312,102 @@ func lateSession(t *testing.T, newReplica func(t *testing.T) registry.Store) {
 		t.Fatalf("a late write: got %v, want ErrFenced", err)
 	}
 	sees(t, a, cart)
+}
+
+func exposed(t *testing.T, newReplica func(t *testing.T) registry.Store) {
+	a, b := newReplica(t), newReplica(t)
+	m := join(t, a, "uid-1", "east")
+	source := m.Source()
+	session := begin(t, a, source)
+	cart, web := Record(source, "shop", "cart", 2), Record(source, "shop", "web", 2)
+	w := &federation.Workload{Source: source, UID: "u-1", Namespace: "shop", Name: "cart-1"}
+	g := &federation.Gateway{Source: source, Network: "n1", Name: "a/b", Ready: 1}
+	apply(t, session, registry.Level{
+		Records: Records(cart, web), Workloads: map[string]*federation.Workload{"u-1": w}, Gateways: map[string]*federation.Gateway{g.Name: g},
+	})
+	before := sees(t, a, web)
+	sees(t, b, cart)
+
+	less := Change(cart, 0, func(e *federation.Endpoint) { e.Health = federation.NotReady })
+	again, fresh := *web, Record(source, "shop", "fresh", 1)
+	level := &registry.Level{Records: Records(less, &again, fresh), Workloads: map[string]*federation.Workload{}}
+	a.Expose(source, level)
+	shown, _ := a.Snapshot()
+	if !reflect.DeepEqual(recordOf(shown, source, "shop", "cart"), less) || recordOf(shown, source, "shop", "fresh") == nil || len(shown.Workloads) != 0 {
+		t.Errorf("what is exposed is not shown: %+v", shown)
+	}
+	if len(shown.Gateways["n1"]) != 1 {
+		t.Error("what the exposed level does not know is not shown as it is stored")
+	}
+	if recordOf(shown, source, "shop", "web") != recordOf(before, source, "shop", "web") {
+		t.Error("a record that means the same was shown as another one")
+	}
+	if s, _ := b.Snapshot(); !reflect.DeepEqual(recordOf(s, source, "shop", "cart"), cart) || recordOf(s, source, "shop", "fresh") != nil {
+		t.Errorf("the other replica shows it too: %+v", s)
+	}
+	if a.Expose(source, level); func() bool { s, _ := a.Snapshot(); return s != shown }() {
+		t.Error("the same level again made another snapshot")
+	}
+
+	written := apply(t, session, *level)
+	a.Conceal(source, written.Revision+1)
+	sees(t, b, less)
+	reached(t, a, written.Revision)
+	stored, _ := a.Snapshot()
+	if recordOf(stored, source, "shop", "cart") != recordOf(shown, source, "shop", "cart") {
+		t.Error("what is exposed is no longer shown")
+	}
+	a.Conceal(source, written.Revision)
+	concealed, _ := a.Snapshot()
+	if !reflect.DeepEqual(concealed.Records, stored.Records) || len(concealed.Workloads) != 0 || len(concealed.Gateways["n1"]) != 1 {
+		t.Errorf("it is stored now, and shown otherwise: %+v", concealed)
+	}
+	if recordOf(concealed, source, "shop", "web") != recordOf(before, source, "shop", "web") {
+		t.Error("a record that never changed was copied")
+	}
+	a.Expose(source, &registry.Level{Records: Records()})
+	if s, _ := a.Snapshot(); len(s.Records) != 0 {
+		t.Errorf("shown although its source has withdrawn it: %+v", s.Records)
+	}
+	a.Conceal(source, 0)
+	if s, _ := a.Snapshot(); len(s.Records) != 3 {
+		t.Errorf("shown are %d services, want the 3 that are stored", len(s.Records))
+	}
+}
+
+func settled(t *testing.T, newReplica func(t *testing.T) registry.Store) {
+	a, b := newReplica(t), newReplica(t)
+	m := join(t, a, "uid-1", "east")
+	source := m.Source()
+	first := begin(t, a, source)
+	if a.SyncedElsewhere(source) || a.Settled(source) != 0 {
+		t.Error("settled before anything was stored")
+	}
+	apply(t, first, registry.Level{Objects: map[registry.ObjectKind]map[registry.ObjectName]*federation.Object{}})
+	cart := Record(source, "shop", "cart", 2)
+	written := apply(t, first, registry.Level{Records: Records(cart)})
+	reached(t, b, written.Revision)
+	if !b.SyncedElsewhere(source) || b.Settled(source) != first.Began() || a.SyncedElsewhere(source) {
+		t.Errorf("settled by %d, want %d, and by the first replica", b.Settled(source), first.Began())
+	}
+	if err := first.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	second := begin(t, b, source)
+	if b.SyncedElsewhere(source) || b.Settled(source) != first.Began() {
+		t.Error("a session that has stored nothing yet has settled the source")
+	}
+	written = apply(t, second, registry.Level{Records: Records(cart)})
+	reached(t, a, written.Revision)
+	if !a.SyncedElsewhere(source) || a.Settled(source) != second.Began() {
+		t.Errorf("settled by %d, want %d", a.Settled(source), second.Began())
+	}
+	if err := b.Leave(t.Context(), m.ID); err != nil {
+		t.Fatal(err)
+	}
+	if b.SyncedElsewhere(source) || b.Settled(source) != 0 {
+		t.Error("still settled after the cluster has left")
+	}
 }
 
 func sharing(t *testing.T, newReplica func(t *testing.T) registry.Store) {
