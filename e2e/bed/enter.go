@@ -347,13 +347,17 @@ func observe() (traces, error) {
 			t.mounts[fields[4]]++
 		}
 	}
-	for _, pattern := range []string{runDir + "/*", filepath.Join(netnsDir, worldPattern), filepath.Join(os.TempDir(), "isthmus*")} {
+	for pattern, counts := range map[string]func(string) bool{
+		runDir + "/*":                            nil,
+		filepath.Join(netnsDir, worldPattern):    nil,
+		filepath.Join(os.TempDir(), "*isthmus*"): abandonedFolder,
+	} {
 		paths, err := filepath.Glob(pattern)
 		if err != nil {
 			return t, err
 		}
 		for _, path := range paths {
-			if !lockedFolder(path) {
+			if counts == nil || counts(path) {
 				t.files[path]++
 			}
 		}

@@ -59,11 +59,11 @@ func (f *Folder) Remove() error {
 	return errors.Join(os.RemoveAll(f.Path), f.lock.Close())
 }
 
-// lockedFolder reports whether path is the Folder of a process that lives.
-func lockedFolder(path string) bool {
+// abandonedFolder reports whether path is the Folder of a process that is dead.
+func abandonedFolder(path string) bool {
 	f, err := takeFolder(path)
 	if err == nil {
 		f.lock.Close()
 	}
-	return errors.Is(err, syscall.EWOULDBLOCK)
+	return err == nil
 }

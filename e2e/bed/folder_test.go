@@ -31,10 +31,13 @@ func TestAFolderGoesWithWhoMadeIt(t *testing.T) {
 		}
 	}
 	abandoned := made()
-	if !lockedFolder(abandoned.Path) || lockedFolder(young) || lockedFolder(other) {
-		t.Error("the one whose process lives is locked, and no other")
+	if abandonedFolder(abandoned.Path) || abandonedFolder(young) || abandonedFolder(other) {
+		t.Error("nobody has died yet")
 	}
 	abandoned.lock.Close()
+	if !abandonedFolder(abandoned.Path) {
+		t.Error("that its process died is not seen")
+	}
 
 	mine := made()
 	if there(abandoned.Path) || !there(young) || !there(other) || !there(mine.Path) {
