@@ -41,6 +41,7 @@ var arrows = map[string][]string{
 	"api":           {},
 	"xds":           {"federation", "config", "api"},
 	"xds/xdsserver": {"federation", "config", "api", "xds"},
+	"xds/xdstest":   {"federation"},
 	"gateways":      {"federation", "config", "api", "xds"},
 
 	// agent is the composition of its leaves; no leaf knows it.
@@ -61,7 +62,7 @@ var arrows = map[string][]string{
 }
 
 // testOnly rooms may be imported by every room's tests.
-var testOnly = []string{"ca/catest", "registry/registrytest", "ca", "ca/caserver", "ca/attest", "federation", "config", "api", "registry/etcd", "xds/xdsserver"}
+var testOnly = []string{"ca/catest", "registry/registrytest", "ca", "ca/caserver", "ca/attest", "federation", "config", "api", "registry/etcd", "xds/xdsserver", "xds/xdstest"}
 
 // owners names the only rooms that may import a library, and why.
 var owners = []struct {

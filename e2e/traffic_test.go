@@ -27,6 +27,7 @@ import (
 //	peer CLUSTER NS/APP CLUSTER NS/APP     the certificate that the caller's Envoy logged (peer=%UPSTREAM_PEER_CERT%) is the callee's
 //	churn CLUSTER NS/APP DURATION          services before a workload come and go
 //	changes CLUSTER NS/APP URL CLUSTER NS/APP [n=N]   how long the callee's coming and going takes to reach the caller
+//	changes … CLUSTER NS/SERVICE to=NS/APP [n=N]      the same for an endpoint that appears ready, and disappears
 var trafficWords = map[string]word{"peer": wordPeer, "churn": wordChurn, "changes": wordChanges}
 
 var loggedCertificate = regexp.MustCompile(`peer="?([^" ]+CERTIFICATE[^" ]+)`)
@@ -175,10 +176,12 @@ func wordChanges(ctx context.Context, s *scene) error {
 		return err
 	}
 	defer o.Close()
-	if _, err := o.Until(ctx, args[3]+"/"); err != nil {
-		return err
+	var come, gone []stage.Delay
+	if to := s.opts["to"]; to != "" {
+		come, gone, err = s.MeasureArrivals(ctx, o, args[3], args[4], to, n)
+	} else if _, err = o.Until(ctx, args[3]+"/"); err == nil {
+		come, gone, err = s.MeasureChanges(ctx, o, args[3], args[4], n)
 	}
-	come, gone, err := s.MeasureChanges(ctx, o, args[3], args[4], n)
 	s.out = fmt.Sprintf("%d changes\n0→1: %s\n1→0: %s\n", len(come)+len(gone), percentiles(come), percentiles(gone))
 	if err == nil && len(come)+len(gone) != n {
 		err = errors.New("not all changes were seen")
@@ -201,6 +204,6 @@ func percentiles(delays []stage.Delay) string {
 	}
 	mesh := func(d stage.Delay) time.Duration { return d.Mesh }
 	all := func(d stage.Delay) time.Duration { return d.All }
-	return fmt.Sprintf("mesh p50 %v, p99 %v; with the cluster's own controllers p50 %v, p99 %v",
-		at(.5, mesh), at(.99, mesh), at(.5, all), at(.99, all))
+	return fmt.Sprintf("mesh p50 %v, p99 %v, max %v; with the cluster's own controllers p50 %v, p99 %v, max %v",
+		at(.5, mesh), at(.99, mesh), at(1, mesh), at(.5, all), at(.99, all), at(1, all))
 }

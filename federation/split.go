@@ -6,6 +6,7 @@ import (
 	"cmp"
 	"math"
 	"slices"
+	"strings"
 )
 
 // How traffic is split.
@@ -45,7 +46,8 @@ type Query struct {
 	Match  func(labels map[string]string) bool
 	Subset string
 
-	// Pod limits the answer to one named pod of the service.
+	// Pod limits the answer to one named pod of the service: itself, or the gateways of its
+	// network.
 	Pod *NamedPod
 
 	// Region of the caller; empty means the view's.
@@ -53,6 +55,19 @@ type Query struct {
 
 	// Weigh may hold back changes of remote weights (see Damper); nil means exact.
 	Weigh func(key WeightKey, ready uint32) uint32
+
+	// Closed names what the gateways of a network do not lead to yet: it is left out as if
+	// it were not there; nil means nothing. It is asked of every network once.
+	Closed func(key WeightKey) bool
+}
+
+// key of one network's weight.
+func (q *Query) key(scope Scope, network Network, stale bool) WeightKey {
+	key := WeightKey{Scope: scope, Service: q.Service.Name, Port: q.Port, Subset: q.Subset, Network: network, Stale: stale}
+	if q.Pod != nil {
+		key.Pod = q.Pod.SNIHost
+	}
+	return key
 }
 
 // WeightKey is what one remote weight belongs to.
@@ -61,19 +76,24 @@ type WeightKey struct {
 	Service ServiceName
 	Port    uint32
 	Subset  string
+	Pod     string // SNIHost of a named pod; empty for the service's own weights
 	Network Network
 	Stale   bool // of the sources that have fallen silent
+}
+
+// SNI is what callers say to the network's gateways, in lower case, as these compare it.
+func (k WeightKey) SNI() string {
+	host := k.Pod
+	if host == "" {
+		host = k.Service.Host()
+	}
+	return strings.ToLower(SNI(k.Port, k.Subset, host))
 }
 
 // Groups are the hops to a service's port, of the endpoints that match (nil: all), by
 // priority. It is empty if the scope can reach none.
 func (v *View) Groups(s *Service, port uint32, match func(labels map[string]string) bool) []Group {
 	return v.Split(Query{Service: s, Port: port, Match: match})
-}
-
-// PodGroups are the hops to a named pod: itself, or the gateways of its network.
-func (v *View) PodGroups(s *Service, pod *NamedPod, port uint32) []Group {
-	return v.Split(Query{Service: s, Port: port, Pod: pod})
 }
 
 // Split answers a query.
@@ -94,9 +114,10 @@ func (v *View) Split(q Query) []Group {
 
 // choose are the endpoints of the query that can be called from here.
 func (v *View) choose(q Query) []*ServiceEndpoint {
+	closed := v.closed(&q)
 	if q.Pod != nil {
 		e := &q.Pod.Endpoint
-		if !v.reaches(e, q.Port) {
+		if !v.reaches(e, q.Port) || closed(e) {
 			return nil
 		}
 		return []*ServiceEndpoint{e}
@@ -105,7 +126,7 @@ func (v *View) choose(q Query) []*ServiceEndpoint {
 	out := make([]*ServiceEndpoint, 0, len(list))
 	for i := range list {
 		e := &list[i]
-		if !v.reaches(e, q.Port) {
+		if !v.reaches(e, q.Port) || closed(e) {
 			continue
 		}
 		if q.Match != nil && !q.Match(e.Labels) {
@@ -114,6 +135,25 @@ func (v *View) choose(q Query) []*ServiceEndpoint {
 		out = append(out, e)
 	}
 	return withoutDrained(out)
+}
+
+// closed tells whether an endpoint is behind gateways that do not lead to it yet.
+func (v *View) closed(q *Query) func(*ServiceEndpoint) bool {
+	if q.Closed == nil {
+		return func(*ServiceEndpoint) bool { return false }
+	}
+	known := map[Network]bool{}
+	return func(e *ServiceEndpoint) bool {
+		if e.Direct {
+			return false
+		}
+		shut, asked := known[e.Network]
+		if !asked {
+			shut = q.Closed(q.key(v.Scope, e.Network, false))
+			known[e.Network] = shut
+		}
+		return shut
+	}
 }
 
 // reaches tells whether there is a road to the endpoint: its own network's, or a gateway,
@@ -286,8 +326,7 @@ func (p *partition) damp() {
 	}
 	for i := range p.remote {
 		g := &p.remote[i]
-		key := WeightKey{Scope: p.view.Scope, Service: p.query.Service.Name, Port: p.query.Port, Subset: p.query.Subset, Network: g.network, Stale: g.stale}
-		if w := p.query.Weigh(key, g.total); g.total > 0 {
+		if w := p.query.Weigh(p.query.key(p.view.Scope, g.network, g.stale), g.total); g.total > 0 {
 			g.total = max(1, w)
 		}
 	}

@@ -281,6 +281,32 @@ func TestSplit(t *testing.T) {
 	}
 }
 
+func TestANetworkThatIsNotLedToYetIsLeftOut(t *testing.T) {
+	t.Parallel()
+	v := story(t, twoClusters+`
+		service east shop/cart 80/HTTP
+		pod c-0 10.0.0.1 Terminating
+		service west shop/cart 80/HTTP
+		pod c-0 10.0.0.1`).View(eastSees)
+	svc, asked := mustService(t, v, "shop/cart"), []string{}
+	split := func(closed bool) string {
+		return hops(v.Split(Query{Service: svc, Port: 80, Closed: func(k WeightKey) bool {
+			asked = append(asked, string(k.Network)+" "+k.SNI())
+			return closed
+		}}))
+	}
+	if got, want := split(false), "P0 [203.0.113.2:15443]*1"; got != want {
+		t.Errorf("open: %s, want %s", got, want)
+	}
+	// What serves while it terminates goes on until there is something better.
+	if got, want := split(true), "P0 10.0.0.1:8080*1"; got != want {
+		t.Errorf("closed: %s, want %s", got, want)
+	}
+	if want := []string{"n2 outbound_.80_._.cart.shop.svc.cluster.local"}; !slices.Equal(asked[:1], want) || len(asked) != 2 {
+		t.Errorf("asked for %q, want %q once each time", asked, want)
+	}
+}
+
 func TestSplitOfSubset(t *testing.T) {
 	t.Parallel()
 	v := story(t, twoClusters+`

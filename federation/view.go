@@ -160,6 +160,9 @@ func (s *Service) Port(number uint32) (Port, bool) {
 	return Port{}, false
 }
 
+// ReadyIn is how many ready endpoints another network has that its gateways can lead to.
+func (s *Service) ReadyIn(network Network) int { return s.remote[network] }
+
 // HeadlessHere tells that the service's name resolves to its pods' own addresses, which
 // are the Direct endpoints. It is false for a headless service that exists only elsewhere.
 func (s *Service) HeadlessHere() bool { return s.Type == Headless && s.Own }

@@ -285,7 +285,7 @@ func TestNamedPodsHaveRoadsOfTheirOwn(t *testing.T) {
 			t.Fatalf("%v: no pod named %s", tt.scope, tt.host)
 		}
 		pod := &svc.Pods[i]
-		if got := hops(v.PodGroups(svc, pod, 5432)); got != tt.want {
+		if got := hops(v.Split(Query{Service: svc, Port: 5432, Pod: pod})); got != tt.want {
 			t.Errorf("%v: %s: groups %q, want %q", tt.scope, tt.host, got, tt.want)
 		}
 		if !strings.HasSuffix(pod.SNIHost, ".west.db.shop.svc.clusterset.local") {

@@ -22,6 +22,7 @@ import (
 	"github.com/isthmus-mesh/isthmus/gateways"
 	"github.com/isthmus-mesh/isthmus/xds"
 	"github.com/isthmus-mesh/isthmus/xds/xdsserver"
+	"github.com/isthmus-mesh/isthmus/xds/xdstest"
 )
 
 // mesh is two clusters on two networks: a client and a local callee in east, a callee and
@@ -38,79 +39,13 @@ type mesh struct {
 	clientLoad, nearLoad, farLoad *federation.Workload
 }
 
-const (
-	clientIP  = "10.1.0.2"
-	nearIP    = "10.1.0.3"
-	farIP     = "10.2.0.2"
-	gatewayIP = "172.16.0.3"
-	virtualIP = "240.240.0.5"
-)
+const farIP = "10.2.0.2"
 
-var shopPorts = []federation.Port{
-	{Number: 80, Name: "http", Protocol: federation.HTTP},
-	{Number: 81, Name: "grpc", Protocol: federation.GRPC},
-	{Number: 82, Protocol: federation.Unknown},
-	{Number: 83, Name: "tcp", Protocol: federation.TCP},
-	{Number: 84, Protocol: federation.Unknown},
-	{Number: 443, Name: "tls", Protocol: federation.TLS},
-}
-
-// targets of the ports: HTTP, server-first and TLS.
-var shopTargets = map[uint32]uint32{80: 8080, 81: 8081, 82: 8082, 83: 9000, 84: 9001, 443: 8443}
-
-func workload(source federation.SourceID, name, network, ip string, role federation.ProxyRole) *federation.Workload {
-	return &federation.Workload{
-		Source: source, Namespace: "shop", Name: name, UID: "uid-" + name, Role: role, ServiceAccount: name,
-		Network: federation.Network(network), Addresses: []netip.Addr{netip.MustParseAddr(ip)}, Ready: true,
-	}
-}
-
-func endpoint(w *federation.Workload) federation.Endpoint {
-	return federation.Endpoint{
-		Workload: w.Name, UID: w.UID, Addresses: w.Addresses, TargetPorts: shopTargets, Health: federation.Ready,
-		Network: w.Network, ServiceAccount: w.ServiceAccount, Mesh: true,
-	}
-}
-
-func record(source federation.SourceID, endpoints ...federation.Endpoint) *federation.Record {
-	return &federation.Record{
-		Source: source, Name: federation.ServiceName{Namespace: "shop", Name: "pay"}, Type: federation.ClusterIP,
-		Created: time.Unix(1, 0), Ports: shopPorts, Endpoints: endpoints,
-		ClusterIPs: []netip.Addr{netip.MustParseAddr("10.96.0.9")},
-	}
-}
-
-func snapshotOf(loads []*federation.Workload, records ...*federation.Record) *federation.Snapshot {
-	s := &federation.Snapshot{
-		Revision: 1,
-		Clusters: map[federation.ClusterID]*federation.Cluster{
-			"east": {ID: "east", Name: "east", Network: "n1", Role: federation.Primary},
-			"west": {ID: "west", Name: "west", Network: "n2", Role: federation.Primary},
-		},
-		Records:   map[federation.ServiceName][]*federation.Record{},
-		Workloads: map[federation.WorkloadKey]*federation.Workload{},
-		Gateways: map[federation.Network][]*federation.Gateway{"n2": {{
-			Source: "kube:west", Network: "n2", Name: "isthmus-system/isthmus-eastwestgateway", Ready: 1,
-			Addresses: []federation.GatewayAddress{{Host: gatewayIP, Port: 15443}},
-		}}},
-		Addresses: map[string]federation.VirtualAddress{
-			"pay.shop.svc.cluster.local": {Host: "pay.shop.svc.cluster.local", V4: netip.MustParseAddr(virtualIP)},
-		},
-	}
-	for _, r := range records {
-		s.Records[r.Name] = append(s.Records[r.Name], r)
-	}
-	for _, w := range loads {
-		s.Workloads[federation.WorkloadKey{Source: w.Source, UID: w.UID}] = w
-	}
-	return s
-}
-
-func generators() map[federation.ProxyRole]func(xdsserver.Weigh) xdsserver.Generator {
-	sidecar := func(w xdsserver.Weigh) xdsserver.Generator { return &xds.Builder{Weigh: w} }
-	return map[federation.ProxyRole]func(xdsserver.Weigh) xdsserver.Generator{
+func generators() map[federation.ProxyRole]func(xdsserver.Restraint) xdsserver.Generator {
+	sidecar := func(r xdsserver.Restraint) xdsserver.Generator { return &xds.Builder{Weigh: r.Weigh, Closed: r.Closed} }
+	return map[federation.ProxyRole]func(xdsserver.Restraint) xdsserver.Generator{
 		federation.Sidecar: sidecar, federation.VMRole: sidecar,
-		federation.GatewayRole: func(xdsserver.Weigh) xdsserver.Generator { return &gateways.Builder{} },
+		federation.GatewayRole: func(xdsserver.Restraint) xdsserver.Generator { return &gateways.Builder{} },
 	}
 }
 
@@ -120,17 +55,17 @@ func newMesh(t *testing.T) *mesh {
 	run(t, "mount --make-rprivate /; mount -t tmpfs none /run; mkdir -p /run/netns; ip link set lo up")
 	m := &mesh{ca: newAuthority(t)}
 	m.client, m.near, m.far, m.gateway = newPlace(t, "client"), newPlace(t, "near"), newPlace(t, "far"), newPlace(t, "gw")
-	cable(t, m.client, clientIP, m.near, nearIP)
-	cable(t, m.client, "172.16.0.1", m.gateway, gatewayIP)
+	cable(t, m.client, xdstest.ClientIP, m.near, xdstest.NearIP)
+	cable(t, m.client, "172.16.0.1", m.gateway, xdstest.GatewayIP)
 	cable(t, m.gateway, "10.2.0.1", m.far, farIP)
 	for _, p := range []*place{m.client, m.near, m.far} {
 		p.capture(t)
 	}
-	m.clientLoad = workload("kube:east", "client", "n1", clientIP, federation.Sidecar)
-	m.nearLoad = workload("kube:east", "near", "n1", nearIP, federation.Sidecar)
-	m.farLoad = workload("kube:west", "far", "n2", farIP, federation.Sidecar)
-	gw := workload("kube:west", "gw", "n2", "10.2.0.1", federation.GatewayRole)
-	m.snapshot = snapshotOf([]*federation.Workload{m.clientLoad, m.nearLoad, m.farLoad, gw}, record("kube:west", endpoint(m.farLoad)))
+	m.clientLoad = xdstest.Workload("kube:east", "client", "n1", xdstest.ClientIP, federation.Sidecar)
+	m.nearLoad = xdstest.Workload("kube:east", "near", "n1", xdstest.NearIP, federation.Sidecar)
+	m.farLoad = xdstest.Workload("kube:west", "far", "n2", farIP, federation.Sidecar)
+	gw := xdstest.Workload("kube:west", "gw", "n2", "10.2.0.1", federation.GatewayRole)
+	m.snapshot = xdstest.Snapshot([]*federation.Workload{m.clientLoad, m.nearLoad, m.farLoad, gw}, xdstest.Record("kube:west", xdstest.Endpoint(m.farLoad)))
 
 	m.pipeline = xdsserver.NewPipeline(xdsserver.PipelineConfig{Generators: generators()})
 	ctx, cancel := context.WithCancel(context.Background())
@@ -161,16 +96,10 @@ func newMesh(t *testing.T) *mesh {
 // change computes another snapshot and waits until the client's proxy has it.
 func (m *mesh) change(t *testing.T, f func(*federation.Snapshot)) {
 	t.Helper()
-	s := *m.snapshot
-	records := map[federation.ServiceName][]*federation.Record{}
-	for k, v := range s.Records {
-		records[k] = v
-	}
-	s.Records = records
-	s.Revision++
-	f(&s)
-	m.snapshot = &s
-	m.pipeline.Update(&s)
+	s := xdstest.Later(m.snapshot)
+	f(s)
+	m.snapshot = s
+	m.pipeline.Update(s)
 	until(t, "the client's proxy is in sync", func() bool {
 		list := m.clientServer.Proxies()
 		return len(list) == 1 && list[0].Revision == s.Revision && list[0].Synced
@@ -238,7 +167,7 @@ func TestEnvoy(t *testing.T) {
 
 	t.Run("HTTP across the gateway", func(t *testing.T) {
 		until(t, "an answer from far", func() bool {
-			code, body, err := get(http1, "http://"+virtualIP+"/")
+			code, body, err := get(http1, "http://"+xdstest.VirtualIP+"/")
 			t.Log(code, body, err)
 			return code == 200 && strings.HasPrefix(body, "far HTTP/1.1") && strings.Contains(body, "URI=spiffe://cluster.local/ns/shop/sa/client")
 		})
@@ -247,13 +176,13 @@ func TestEnvoy(t *testing.T) {
 		}
 	})
 	t.Run("a forged identity header is dropped", func(t *testing.T) {
-		_, body, err := get(http1, "http://"+virtualIP+"/", "X-Forwarded-Client-Cert", "URI=spiffe://cluster.local/ns/evil/sa/evil")
+		_, body, err := get(http1, "http://"+xdstest.VirtualIP+"/", "X-Forwarded-Client-Cert", "URI=spiffe://cluster.local/ns/evil/sa/evil")
 		if err != nil || strings.Contains(body, "evil") {
 			t.Errorf("%s %v", body, err)
 		}
 	})
 	t.Run("HTTP on an unnamed port", func(t *testing.T) {
-		code, body, err := get(http1, "http://"+virtualIP+":82/")
+		code, body, err := get(http1, "http://"+xdstest.VirtualIP+":82/")
 		if code != 200 || !strings.HasPrefix(body, "far HTTP/1.1") || !strings.Contains(body, "sa/client") {
 			t.Errorf("%d %s %v", code, body, err)
 		}
@@ -266,7 +195,7 @@ func TestEnvoy(t *testing.T) {
 		transport.Protocols.SetUnencryptedHTTP2(true)
 		h2 := &http.Client{Timeout: 10 * time.Second, Transport: transport}
 		for _, port := range []string{"80", "81", "82"} {
-			code, body, err := get(h2, "http://"+virtualIP+":"+port+"/")
+			code, body, err := get(h2, "http://"+xdstest.VirtualIP+":"+port+"/")
 			if code != 200 || !strings.HasPrefix(body, "far HTTP/2.0") {
 				t.Errorf("port %s: %d %s %v", port, code, body, err)
 			}
@@ -275,7 +204,7 @@ func TestEnvoy(t *testing.T) {
 	t.Run("server-first TCP, named and unnamed", func(t *testing.T) {
 		for _, port := range []string{"83", "84"} {
 			start := time.Now()
-			conn, err := m.client.dial(virtualIP + ":" + port)
+			conn, err := m.client.dial(xdstest.VirtualIP + ":" + port)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -296,7 +225,7 @@ func TestEnvoy(t *testing.T) {
 		}
 	})
 	t.Run("the application's own TLS keeps its SNI", func(t *testing.T) {
-		conn, err := m.client.dial(virtualIP + ":443")
+		conn, err := m.client.dial(xdstest.VirtualIP + ":443")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -325,7 +254,7 @@ func TestEnvoy(t *testing.T) {
 // webSocketLives holds a WebSocket while services come and go, for longer than HTTP
 // connections to gateways take new requests.
 func webSocketLives(t *testing.T, m *mesh) {
-	conn, err := m.client.dial(virtualIP + ":80")
+	conn, err := m.client.dial(xdstest.VirtualIP + ":80")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -347,7 +276,7 @@ func webSocketLives(t *testing.T, m *mesh) {
 		if line, err := in.ReadString('\n'); err != nil || line != fmt.Sprintf("%d\n", n) {
 			t.Fatalf("after %v: %q %v", time.Since(start), line, err)
 		}
-		if _, _, err := get(m.client.client(), "http://"+virtualIP+"/"); err != nil {
+		if _, _, err := get(m.client.client(), "http://"+xdstest.VirtualIP+"/"); err != nil {
 			t.Fatalf("after %v: %v", time.Since(start), err)
 		}
 		m.change(t, func(s *federation.Snapshot) {
@@ -355,7 +284,7 @@ func webSocketLives(t *testing.T, m *mesh) {
 				delete(s.Records, other)
 				return
 			}
-			r := *record("kube:east")
+			r := *xdstest.Record("kube:east")
 			r.Name, r.ClusterIPs = other, []netip.Addr{netip.MustParseAddr("10.96.0.77")}
 			s.Records[other] = []*federation.Record{&r}
 		})
@@ -372,19 +301,19 @@ func plaintext(t *testing.T, m *mesh) {
 		DisableKeepAlives: true,
 	}}
 	// Nothing of the mesh sends to near yet, so its ports have no service.
-	if code, body, err := get(direct, "http://"+nearIP+":8080/"); code != 200 || body != "near HTTP/1.1 xfcc=" {
+	if code, body, err := get(direct, "http://"+xdstest.NearIP+":8080/"); code != 200 || body != "near HTTP/1.1 xfcc=" {
 		t.Errorf("%d %q %v", code, body, err)
 	}
 	m.change(t, func(s *federation.Snapshot) {
-		s.Records[federation.ServiceName{Namespace: "shop", Name: "pay"}] = []*federation.Record{record("kube:east", endpoint(m.nearLoad)), record("kube:west", endpoint(m.farLoad))}
+		s.Records[xdstest.Pay] = []*federation.Record{xdstest.Record("kube:east", xdstest.Endpoint(m.nearLoad)), xdstest.Record("kube:west", xdstest.Endpoint(m.farLoad))}
 	})
 	until(t, "near knows its ports", func() bool { return strings.Contains(m.nearProxy.admin("/clusters"), "inbound|8080||") })
 	until(t, "plaintext to a port of a service", func() bool {
-		code, body, err := get(direct, "http://"+nearIP+":8080/", "X-Forwarded-Client-Cert", "URI=spiffe://evil")
+		code, body, err := get(direct, "http://"+xdstest.NearIP+":8080/", "X-Forwarded-Client-Cert", "URI=spiffe://evil")
 		return code == 200 && body == "near HTTP/1.1 xfcc=" && err == nil
 	})
 	start := time.Now()
-	conn, err := m.client.dialMarked(nearIP+":9000", 0)
+	conn, err := m.client.dialMarked(xdstest.NearIP+":9000", 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -400,7 +329,7 @@ func plaintext(t *testing.T, m *mesh) {
 	}
 	m.change(t, func(s *federation.Snapshot) { s.Objects = []*federation.Object{strict} })
 	until(t, "plaintext is refused", func() bool {
-		_, _, err := get(direct, "http://"+nearIP+":8080/")
+		_, _, err := get(direct, "http://"+xdstest.NearIP+":8080/")
 		return err != nil
 	})
 	until(t, "the refusal is counted", func() bool {
@@ -415,7 +344,7 @@ func plaintext(t *testing.T, m *mesh) {
 // attackGateway dials the gateway itself.
 func attackGateway(t *testing.T, m *mesh) {
 	hello := func(sni string, alpn ...string) error {
-		conn, err := m.client.dialMarked(gatewayIP+":15443", 0)
+		conn, err := m.client.dialMarked(xdstest.GatewayIP+":15443", 0)
 		if err != nil {
 			return err
 		}
@@ -446,7 +375,7 @@ func attackGateway(t *testing.T, m *mesh) {
 	// Go's client cuts a trailing dot off, so it is written into the hello afterwards.
 	counter := "listener.eastwest.no_filter_chain_match"
 	before := m.gatewayProxy.stat(counter)
-	raw, err := m.client.dialMarked(gatewayIP+":15443", 0)
+	raw, err := m.client.dialMarked(xdstest.GatewayIP+":15443", 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -465,7 +394,7 @@ func attackGateway(t *testing.T, m *mesh) {
 		t.Error("an unknown service in upper case: the handshake succeeded")
 	}
 	// Without a certificate the callee refuses.
-	conn, err := m.client.dialMarked(gatewayIP+":15443", 0)
+	conn, err := m.client.dialMarked(xdstest.GatewayIP+":15443", 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -523,10 +452,10 @@ func outlives(t *testing.T, m *mesh) {
 	before := m.clientProxy.stat("cluster_manager.cluster_modified")
 	for n := range 4 {
 		m.change(t, func(s *federation.Snapshot) {
-			other := endpoint(m.farLoad)
+			other := xdstest.Endpoint(m.farLoad)
 			other.Workload, other.UID, other.ServiceAccount = "new", "uid-new", fmt.Sprintf("account-%d", n)
-			s.Records[federation.ServiceName{Namespace: "shop", Name: "pay"}] = []*federation.Record{
-				record("kube:east", endpoint(m.nearLoad)), record("kube:west", endpoint(m.farLoad), other),
+			s.Records[xdstest.Pay] = []*federation.Record{
+				xdstest.Record("kube:east", xdstest.Endpoint(m.nearLoad)), xdstest.Record("kube:west", xdstest.Endpoint(m.farLoad), other),
 			}
 		})
 		for name, c := range map[string]struct {
@@ -548,17 +477,17 @@ func outlives(t *testing.T, m *mesh) {
 func headless(t *testing.T, m *mesh) {
 	db := federation.ServiceName{Namespace: "shop", Name: "db"}
 	m.change(t, func(s *federation.Snapshot) {
-		e := endpoint(m.nearLoad)
+		e := xdstest.Endpoint(m.nearLoad)
 		e.Hostname = "near-0"
-		r := *record("kube:east", e)
+		r := *xdstest.Record("kube:east", e)
 		r.Name, r.Type, r.ClusterIPs = db, federation.Headless, nil
 		s.Records[db] = []*federation.Record{&r}
 	})
 	until(t, "a call by the pod's address is mutual TLS", func() bool {
-		code, body, err := get(m.client.client(), "http://"+nearIP+":8080/")
+		code, body, err := get(m.client.client(), "http://"+xdstest.NearIP+":8080/")
 		return err == nil && code == 200 && strings.Contains(body, "sa/client")
 	})
-	conn, err := m.client.dial(nearIP + ":9000")
+	conn, err := m.client.dial(xdstest.NearIP + ":9000")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -577,9 +506,9 @@ func headless(t *testing.T, m *mesh) {
 func remoteHeadless(t *testing.T, m *mesh) {
 	db := federation.ServiceName{Namespace: "shop", Name: "rdb"}
 	m.change(t, func(s *federation.Snapshot) {
-		e := endpoint(m.farLoad)
+		e := xdstest.Endpoint(m.farLoad)
 		e.Hostname = "rdb-0"
-		r := *record("kube:west", e)
+		r := *xdstest.Record("kube:west", e)
 		r.Name, r.Type, r.ClusterIPs = db, federation.Headless, nil
 		s.Records[db] = []*federation.Record{&r}
 		addresses := map[string]federation.VirtualAddress{}
@@ -603,9 +532,9 @@ func remoteHeadless(t *testing.T, m *mesh) {
 // routes sends by header and by weight to subsets in both networks.
 func routes(t *testing.T, m *mesh) {
 	m.change(t, func(s *federation.Snapshot) {
-		near, far := endpoint(m.nearLoad), endpoint(m.farLoad)
+		near, far := xdstest.Endpoint(m.nearLoad), xdstest.Endpoint(m.farLoad)
 		near.Labels, far.Labels = map[string]string{"at": "near"}, map[string]string{"at": "far"}
-		s.Records[federation.ServiceName{Namespace: "shop", Name: "pay"}] = []*federation.Record{record("kube:east", near), record("kube:west", far)}
+		s.Records[xdstest.Pay] = []*federation.Record{xdstest.Record("kube:east", near), xdstest.Record("kube:west", far)}
 		s.Objects = []*federation.Object{
 			object("networking.istio.io/v1", "DestinationRule", "pay", `{"host":"pay","subsets":[{"name":"near","labels":{"at":"near"}},{"name":"Far","labels":{"at":"far"}}]}`),
 			object("networking.istio.io/v1", "VirtualService", "pay", `{"hosts":["pay"],"http":[
@@ -637,7 +566,7 @@ func routes(t *testing.T, m *mesh) {
 
 // failover makes the local endpoint unready while it still answers.
 func failover(t *testing.T, m *mesh) {
-	pay := federation.ServiceName{Namespace: "shop", Name: "pay"}
+	pay := xdstest.Pay
 	from := func() string {
 		_, body, err := get(m.client.client(), "http://10.96.0.9/")
 		if err != nil {
@@ -648,9 +577,9 @@ func failover(t *testing.T, m *mesh) {
 	}
 	set := func(h federation.Health) {
 		m.change(t, func(s *federation.Snapshot) {
-			e := endpoint(m.nearLoad)
+			e := xdstest.Endpoint(m.nearLoad)
 			e.Health = h
-			s.Records[pay] = []*federation.Record{record("kube:east", e), record("kube:west", endpoint(m.farLoad))}
+			s.Records[pay] = []*federation.Record{xdstest.Record("kube:east", e), xdstest.Record("kube:west", xdstest.Endpoint(m.farLoad))}
 		})
 	}
 	for _, step := range []struct {
@@ -671,9 +600,9 @@ func failover(t *testing.T, m *mesh) {
 func resends(t *testing.T, m *mesh) {
 	before := m.clientProxy.stat("listener_manager.lds.update_success") + "/" + m.clientProxy.stat("cluster_manager.cds.update_success")
 	m.change(t, func(s *federation.Snapshot) {
-		e := endpoint(m.nearLoad)
+		e := xdstest.Endpoint(m.nearLoad)
 		e.Health = federation.NotReady
-		s.Records[federation.ServiceName{Namespace: "shop", Name: "pay"}] = []*federation.Record{record("kube:east", e), record("kube:west", endpoint(m.farLoad))}
+		s.Records[xdstest.Pay] = []*federation.Record{xdstest.Record("kube:east", e), xdstest.Record("kube:west", xdstest.Endpoint(m.farLoad))}
 	})
 	after := m.clientProxy.stat("listener_manager.lds.update_success") + "/" + m.clientProxy.stat("cluster_manager.cds.update_success")
 	if before != after {
@@ -688,6 +617,9 @@ func resends(t *testing.T, m *mesh) {
 
 // reconnects ends the client's stream, as a restart of the control service does.
 func reconnects(t *testing.T, m *mesh) {
+	// A weight that changed less than a second ago is held back, and would be sent now.
+	until(t, "nothing is held back", func() bool { return m.pipeline.Held() == 0 })
+	until(t, "the client's proxy has everything", func() bool { return m.clientServer.Proxies()[0].Synced })
 	before := m.clientServer.Proxies()[0].Connected
 	if n := m.clientServer.Disconnect(func(xds.Proxy) bool { return true }); n != 1 {
 		t.Fatalf("%d streams", n)
@@ -700,7 +632,7 @@ func reconnects(t *testing.T, m *mesh) {
 	if got := sentTo(t, m.clientServer); got != sent {
 		t.Errorf("%v resources were sent again", got-sent)
 	}
-	if code, _, err := get(m.client.client(), "http://"+virtualIP+"/"); code != 200 {
+	if code, _, err := get(m.client.client(), "http://"+xdstest.VirtualIP+"/"); code != 200 {
 		t.Errorf("%d %v", code, err)
 	}
 }
@@ -731,9 +663,9 @@ func cut(t *testing.T, m *mesh) {
 		t.Skip("takes 10 s")
 	}
 	m.change(t, func(s *federation.Snapshot) {
-		s.Records[federation.ServiceName{Namespace: "shop", Name: "pay"}] = []*federation.Record{record("kube:west", endpoint(m.farLoad))}
+		s.Records[xdstest.Pay] = []*federation.Record{xdstest.Record("kube:west", xdstest.Endpoint(m.farLoad))}
 	})
-	conn, err := m.client.dial(virtualIP + ":83")
+	conn, err := m.client.dial(xdstest.VirtualIP + ":83")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -70,12 +70,14 @@ type Builder struct {
 	view  *federation.View
 	index *config.Index
 	parts map[*federation.Service]*part
+	doors doors
 }
 
 // part is what one service contributes.
 type part struct {
 	resources map[string]map[string]xds.Resource // by type URL, then name
 	findings  []federation.Finding
+	doors     map[string]bool // its open ones
 }
 
 // Class is what gateways of one network have in common.
@@ -88,8 +90,8 @@ func (b *Builder) Forget(...federation.ServiceName) {}
 
 // BuildClass makes everything the gateways of a class are told.
 func (b *Builder) BuildClass(view *federation.View, index *config.Index, class xds.Class) (xds.Resources, []federation.Finding) {
-	if b.index != index || b.view != nil && b.view.Scope != view.Scope {
-		b.parts = nil
+	if b.view != nil && b.view.Scope != view.Scope {
+		*b = Builder{LogFormat: b.LogFormat}
 	}
 	parts := make(map[*federation.Service]*part, len(view.Services))
 	all := map[string]map[string]xds.Resource{}
@@ -108,12 +110,14 @@ func (b *Builder) BuildClass(view *federation.View, index *config.Index, class x
 	add(frame)
 	for _, s := range view.Services {
 		p := b.parts[s]
-		if p == nil {
+		if p == nil || b.index != index {
 			p = servicePart(index, s)
 		}
 		parts[s] = p
 		add(p)
 	}
+	b.doors.turn(b.view, b.parts, view, parts)
+	b.doors.keep(all)
 	b.view, b.index, b.parts = view, index, parts
 	resources := xds.Resources{}
 	for typeURL, byName := range all {
@@ -179,18 +183,25 @@ func (b *build) service() {
 		subsets[subset.Name] = subset.Labels
 	}
 	for _, port := range s.Ports {
-		b.at(federation.SNI(port.Number, "", s.Host))(b.hosts(s.Endpoints, port.Number, nil))
+		b.cluster(federation.SNI(port.Number, "", s.Host), b.hosts(s.Endpoints, port.Number, nil))
 		for name, labels := range subsets {
-			b.at(federation.SNI(port.Number, name, s.Host))(b.hosts(s.Endpoints, port.Number, labels))
+			b.cluster(federation.SNI(port.Number, name, s.Host), b.hosts(s.Endpoints, port.Number, labels))
 		}
 		for i := range s.Pods {
 			pod := &s.Pods[i]
 			if pod.Host == pod.SNIHost {
 				own := []federation.ServiceEndpoint{pod.Endpoint}
-				b.at(federation.SNI(port.Number, "", pod.SNIHost))(b.hosts(own, port.Number, nil))
+				b.cluster(federation.SNI(port.Number, "", pod.SNIHost), b.hosts(own, port.Number, nil))
 			}
 		}
 	}
+}
+
+// behind is what an SNI leads to.
+type behind struct {
+	hosts   []*endpointv3.LbEndpoint
+	present bool // there are endpoints, of whatever health
+	open    bool // some of them take calls
 }
 
 // hosts are the endpoints that other networks may reach here: those that are ready, or if
@@ -198,7 +209,7 @@ func (b *build) service() {
 // ready. Callers know themselves that none is ready, and come only in the moment in which
 // they or the gateway have heard of a change and the other has not: who comes too early or
 // too late is let through, because callers take a gateway that turns them away for dead.
-func (b *build) hosts(list []federation.ServiceEndpoint, port uint32, labels map[string]string) (hosts []*endpointv3.LbEndpoint, present bool) {
+func (b *build) hosts(list []federation.ServiceEndpoint, port uint32, labels map[string]string) (out behind) {
 	var ready, terminating, unready []*endpointv3.LbEndpoint
 	for i := range list {
 		e := &list[i]
@@ -209,7 +220,7 @@ func (b *build) hosts(list []federation.ServiceEndpoint, port uint32, labels map
 		if b.index.MutualTLS(b.svc.Name.Namespace, e.Labels, target) == config.Disable {
 			continue
 		}
-		present = true
+		out.present = true
 		host := lbEndpoint(e.Addresses[0], target)
 		switch e.Health {
 		case federation.Ready:
@@ -220,12 +231,14 @@ func (b *build) hosts(list []federation.ServiceEndpoint, port uint32, labels map
 			unready = append(unready, host)
 		}
 	}
-	for _, hosts := range [][]*endpointv3.LbEndpoint{ready, terminating} {
+	out.open = len(ready)+len(terminating) > 0
+	for _, hosts := range [][]*endpointv3.LbEndpoint{ready, terminating, unready} {
 		if len(hosts) > 0 {
-			return hosts, present
+			out.hosts = hosts
+			break
 		}
 	}
-	return unready, present
+	return out
 }
 
 func covers(want, labels map[string]string) bool {
@@ -246,24 +259,25 @@ func lbEndpoint(ip netip.Addr, port uint32) *endpointv3.LbEndpoint {
 // cluster is made for services that have endpoints here, of whatever health: it must not
 // come and go with their readiness. Its name is the SNI in lower case, as Envoy compares
 // it.
-func (b *build) cluster(sni string, hosts []*endpointv3.LbEndpoint, present bool) {
-	if !present {
+func (b *build) cluster(sni string, to behind) {
+	if !to.present {
 		return
 	}
 	name, object := strings.ToLower(sni), "Service "+b.svc.Name.String()
+	if to.open {
+		if b.doors == nil {
+			b.doors = map[string]bool{}
+		}
+		b.doors[name] = true
+	}
 	b.put(object, xds.ClusterType, name, func() (validatable, error) { return cluster(name), nil })
 	b.put(object, xds.EndpointType, name, func() (validatable, error) {
 		cla := &endpointv3.ClusterLoadAssignment{ClusterName: name}
-		if len(hosts) > 0 {
-			cla.Endpoints = []*endpointv3.LocalityLbEndpoints{{LbEndpoints: hosts}}
+		if len(to.hosts) > 0 {
+			cla.Endpoints = []*endpointv3.LocalityLbEndpoints{{LbEndpoints: to.hosts}}
 		}
 		return cla, nil
 	})
-}
-
-// at is cluster with its first argument given.
-func (b *build) at(sni string) func([]*endpointv3.LbEndpoint, bool) {
-	return func(hosts []*endpointv3.LbEndpoint, present bool) { b.cluster(sni, hosts, present) }
 }
 
 func cluster(name string) *clusterv3.Cluster {
@@ -274,19 +288,23 @@ func cluster(name string) *clusterv3.Cluster {
 		EdsClusterConfig:     &clusterv3.Cluster_EdsClusterConfig{EdsConfig: ads()},
 		ConnectTimeout:       durationpb.New(time.Second),
 		LbPolicy:             clusterv3.Cluster_LEAST_REQUEST,
-		CommonLbConfig:       &clusterv3.Cluster_CommonLbConfig{HealthyPanicThreshold: &typev3.Percent{}},
+		// A network that lost its way must not lose all: where every pod was taken out, each
+		// is tried again.
+		CommonLbConfig: &clusterv3.Cluster_CommonLbConfig{HealthyPanicThreshold: &typev3.Percent{Value: 1}},
 		CircuitBreakers: &clusterv3.CircuitBreakers{Thresholds: []*clusterv3.CircuitBreakers_Thresholds{{
 			MaxConnections: most, MaxPendingRequests: most, MaxRequests: most, MaxRetries: most,
 		}}},
 		OutlierDetection: &clusterv3.OutlierDetection{
-			SplitExternalLocalOriginErrors: true, ConsecutiveLocalOriginFailure: wrapperspb.UInt32(3),
+			// One failure is enough, and any number of pods may go: who cannot be connected to
+			// inside its own network has probably vanished before the gateway was told, and a
+			// caller that cannot be connected takes the gateway for dead.
+			SplitExternalLocalOriginErrors: true, ConsecutiveLocalOriginFailure: wrapperspb.UInt32(1),
 			EnforcingConsecutiveLocalOriginFailure: wrapperspb.UInt32(100),
 			Interval:                               durationpb.New(time.Second),
 			BaseEjectionTime:                       durationpb.New(time.Second),
 			MaxEjectionTime:                        durationpb.New(10 * time.Second),
-			// Half stay in any case: a network that lost its way must not lose all.
-			MaxEjectionPercent:       wrapperspb.UInt32(50),
-			EnforcingConsecutive_5Xx: never, EnforcingConsecutiveGatewayFailure: never,
+			MaxEjectionPercent:                     wrapperspb.UInt32(100),
+			EnforcingConsecutive_5Xx:               never, EnforcingConsecutiveGatewayFailure: never,
 			EnforcingSuccessRate: never, EnforcingLocalOriginSuccessRate: never,
 		},
 		UpstreamConnectionOptions: &clusterv3.UpstreamConnectionOptions{TcpKeepalive: keepalive()},
@@ -317,8 +335,10 @@ func listener(v6 bool, logFormat string) (validatable, error) {
 		StatPrefix: StatPrefix,
 		AccessLog:  log,
 		// The SNI names the cluster. This one does not exist.
-		ClusterSpecifier:   &tcpv3.TcpProxy_Cluster{Cluster: "BlackHoleCluster"},
-		MaxConnectAttempts: wrapperspb.UInt32(3),
+		ClusterSpecifier: &tcpv3.TcpProxy_Cluster{Cluster: "BlackHoleCluster"},
+		// Pods that are no longer there are taken out one by one, a second each if they do not
+		// even refuse; a caller gives up after four.
+		MaxConnectAttempts: wrapperspb.UInt32(5),
 		IdleTimeout:        durationpb.New(time.Hour),
 	})
 	if err != nil {

@@ -43,6 +43,7 @@ type build struct {
 	labels   map[string]string // of the class
 	gateways bool              // some other network has a way in
 	weigh    func(federation.WeightKey, uint32) uint32
+	closed   func(federation.WeightKey) bool
 
 	logFormat string // of access logs; see AccessLog
 }
@@ -66,7 +67,7 @@ func (b *build) visible(s *federation.Service) bool {
 // split asks the view for hops, and tells weigh also of networks that have none any more:
 // a change from or to zero is never held back.
 func (b *build) split(s *federation.Service, port uint32, subset string, match func(map[string]string) bool) []federation.Group {
-	groups := b.view.Split(federation.Query{Service: s, Port: port, Subset: subset, Match: match, Weigh: b.weigh})
+	groups := b.view.Split(federation.Query{Service: s, Port: port, Subset: subset, Match: match, Weigh: b.weigh, Closed: b.closed})
 	if b.weigh == nil {
 		return groups
 	}

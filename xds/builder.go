@@ -18,6 +18,10 @@ type Builder struct {
 	// exact. A service whose weight it held back is to be named to Forget when it lets go.
 	Weigh func(key federation.WeightKey, ready uint32) uint32
 
+	// Closed names what gateways do not lead to yet (see federation.Query); nil means
+	// nothing. A service that was closed is to be named to Forget when it opens.
+	Closed func(key federation.WeightKey) bool
+
 	// LogFormat of access logs; empty means AccessLogFormat.
 	LogFormat string
 
@@ -72,7 +76,7 @@ func (b *Builder) Build(view *federation.View, index *config.Index, proxy Proxy)
 func (b *Builder) BuildClass(view *federation.View, index *config.Index, class Class) (Resources, []federation.Finding) {
 	b.move(view, index)
 	job := newBuild(view, index, class)
-	job.weigh, job.logFormat = b.Weigh, b.LogFormat
+	job.weigh, job.closed, job.logFormat = b.Weigh, b.Closed, b.LogFormat
 	frame := job.frame()
 	parts := []*built{&frame}
 	var seen []*federation.Service

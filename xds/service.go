@@ -309,7 +309,7 @@ func (b *serviceBuild) pod(pod *federation.NamedPod, port federation.Port) {
 	if pod.Account != "" {
 		t.identities = b.identities([]string{pod.Account})
 	}
-	b.cluster(t, nil, b.view.PodGroups(b.svc, pod, port.Number))
+	b.cluster(t, nil, b.view.Split(federation.Query{Service: b.svc, Port: port.Number, Pod: pod, Closed: b.closed}))
 	if port.Protocol.IsHTTP() || port.Protocol == federation.Unknown {
 		p := &packer{}
 		name := routeName(pod.Host, port.Number)

@@ -59,12 +59,14 @@ func (d *daemon) wireProxies(context.Context) error {
 }
 
 // generators make resources by the role of a proxy; this is where gateways meet sidecars.
-func generators(logFormat string) map[federation.ProxyRole]func(xdsserver.Weigh) xdsserver.Generator {
-	sidecar := func(w xdsserver.Weigh) xdsserver.Generator { return &xds.Builder{Weigh: w, LogFormat: logFormat} }
-	return map[federation.ProxyRole]func(xdsserver.Weigh) xdsserver.Generator{
+func generators(logFormat string) map[federation.ProxyRole]func(xdsserver.Restraint) xdsserver.Generator {
+	sidecar := func(r xdsserver.Restraint) xdsserver.Generator {
+		return &xds.Builder{Weigh: r.Weigh, Closed: r.Closed, LogFormat: logFormat}
+	}
+	return map[federation.ProxyRole]func(xdsserver.Restraint) xdsserver.Generator{
 		federation.Sidecar:     sidecar,
 		federation.VMRole:      sidecar,
-		federation.GatewayRole: func(xdsserver.Weigh) xdsserver.Generator { return &gateways.Builder{LogFormat: logFormat} },
+		federation.GatewayRole: func(xdsserver.Restraint) xdsserver.Generator { return &gateways.Builder{LogFormat: logFormat} },
 	}
 }
 

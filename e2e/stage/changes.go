@@ -12,10 +12,11 @@ import (
 	"strings"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
-
-	discoveryv1 "k8s.io/api/discovery/v1"
+	"k8s.io/apimachinery/pkg/watch"
 )
 
 // Answerer is who answers a service, from a moment on.
@@ -135,14 +136,82 @@ func (s *Stage) MeasureChanges(ctx context.Context, o *Observer, cluster, worklo
 		return nil, nil, err
 	}
 	defer endpoints.stop()
+	return measure(ctx, o, endpoints, cluster+"/", n, func(in bool) error { return s.Gate(ctx, cluster, workload, in) })
+}
+
+// MeasureArrivals is MeasureChanges for an endpoint that appears ready, and disappears: a
+// slice that is written by hand for a service without a selector. It leads to the one pod
+// of a workload in the same namespace, on a port of the service's number.
+func (s *Stage) MeasureArrivals(ctx context.Context, o *Observer, cluster, service, workload string, n int) (come, gone []Delay, err error) {
+	c, err := s.cluster(cluster)
+	if err != nil {
+		return nil, nil, err
+	}
+	namespace, name, _ := strings.Cut(service, "/")
+	slice, err := s.slice(ctx, c, service, workload)
+	if err != nil {
+		return nil, nil, err
+	}
+	endpoints, err := watchEndpoints(ctx, c, namespace, name)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer endpoints.stop()
+	client := c.Client().DiscoveryV1().EndpointSlices(namespace)
+	if _, err := client.Create(ctx, slice, metav1.CreateOptions{}); err != nil {
+		return nil, nil, err
+	}
+	if _, err := endpoints.until(ctx, true); err != nil {
+		return nil, nil, err
+	}
+	if _, err := o.Until(ctx, cluster+"/"); err != nil {
+		return nil, nil, err
+	}
+	return measure(ctx, o, endpoints, cluster+"/", n, func(in bool) error {
+		if !in {
+			return client.Delete(ctx, slice.Name, metav1.DeleteOptions{})
+		}
+		_, err := client.Create(ctx, slice, metav1.CreateOptions{})
+		return err
+	})
+}
+
+// slice leads from a service's ports to the pod of a workload.
+func (s *Stage) slice(ctx context.Context, c *Cluster, service, workload string) (*discoveryv1.EndpointSlice, error) {
+	namespace, name, _ := strings.Cut(service, "/")
+	pods, err := s.Pods(ctx, c.Name(), workload)
+	if err != nil || len(pods) == 0 {
+		return nil, fmt.Errorf("%s in %s has %d pods: %w", workload, c.Name(), len(pods), err)
+	}
+	svc, err := c.Client().CoreV1().Services(namespace).Get(ctx, name, metav1.GetOptions{})
+	if err != nil {
+		return nil, err
+	}
+	pod := &pods[0]
+	out := &discoveryv1.EndpointSlice{
+		ObjectMeta:  metav1.ObjectMeta{Name: name + "-by-hand", Labels: map[string]string{discoveryv1.LabelServiceName: name}},
+		AddressType: discoveryv1.AddressTypeIPv4,
+		Endpoints: []discoveryv1.Endpoint{{
+			Addresses: []string{pod.Status.PodIP}, NodeName: &pod.Spec.NodeName,
+			TargetRef: &corev1.ObjectReference{Kind: "Pod", Namespace: pod.Namespace, Name: pod.Name, UID: pod.UID},
+		}},
+	}
+	for _, p := range svc.Spec.Ports {
+		out.Ports = append(out.Ports, discoveryv1.EndpointPort{Name: &p.Name, Port: &p.TargetPort.IntVal})
+	}
+	return out, nil
+}
+
+// measure makes n changes, beginning with an endpoint's going, and times each.
+func measure(ctx context.Context, o *Observer, endpoints endpointWatch, who string, n int, change func(in bool) error) (come, gone []Delay, err error) {
 	for i := range n {
 		in := i%2 == 1 // it is there at first
 		wait := "nobody"
 		if in {
-			wait = cluster + "/"
+			wait = who
 		}
 		began := time.Now()
-		if err := s.Gate(ctx, cluster, workload, in); err != nil {
+		if err := change(in); err != nil {
 			return come, gone, err
 		}
 		written, err := endpoints.until(ctx, in)
@@ -151,7 +220,7 @@ func (s *Stage) MeasureChanges(ctx context.Context, o *Observer, cluster, worklo
 		}
 		a, err := o.Until(ctx, wait)
 		if err != nil {
-			return come, gone, fmt.Errorf("change %d of %s in %s: %w", i+1, workload, cluster, err)
+			return come, gone, fmt.Errorf("change %d: %w", i+1, err)
 		}
 		d := Delay{Mesh: a.Since.Sub(written), All: a.Since.Sub(began)}
 		if in {
@@ -192,7 +261,7 @@ func watchEndpoints(ctx context.Context, c *Cluster, namespace, service string) 
 			if !ok {
 				continue
 			}
-			ready := slices.ContainsFunc(slice.Endpoints, func(e discoveryv1.Endpoint) bool {
+			ready := e.Type != watch.Deleted && slices.ContainsFunc(slice.Endpoints, func(e discoveryv1.Endpoint) bool {
 				return e.Conditions.Ready == nil || *e.Conditions.Ready
 			})
 			select {

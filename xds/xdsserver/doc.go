@@ -10,7 +10,8 @@
 //   - Server runs one machine per stream. A slow proxy waits by itself; what piles up for
 //     it is the set of names it lacks, never a queue of messages.
 //   - Pipeline turns the store's snapshots into views, and views into resources, once per
-//     proxy class, and wakes only the streams whose class got different bytes.
+//     proxy class, and wakes only the streams whose class got different bytes. Its doors
+//     hold callers back while the gateways between learn where to lead them.
 //
 // The protocol is described in
 // https://www.envoyproxy.io/docs/envoy/latest/api-docs/xds_protocol. Tests are named after

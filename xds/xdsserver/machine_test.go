@@ -231,6 +231,53 @@ func (c *modelClient) play(script []byte) {
 	c.settle()
 }
 
+func TestWhatAProxyHolds(t *testing.T) {
+	t.Parallel()
+	for _, sotw := range []bool{false, true} {
+		m, now := newMachine(sotw), time.Unix(0, 0)
+		world := func(version string) {
+			m.update(xds.Resources{
+				xds.ClusterType:  {{Name: "a", Version: version}, {Name: "b", Version: "1"}},
+				xds.ListenerType: {{Name: "l", Version: "1"}},
+			})
+		}
+		ask := func(typeURL string) { m.request(request{typeURL: typeURL}, now) }
+		held := func(what, name, want string) {
+			t.Helper()
+			if got, ok := m.Held(xds.ClusterType, name); got != want || ok != (want != "") {
+				t.Errorf("sotw %v, %s: holds %s in version %q, want %q", sotw, what, name, got, want)
+			}
+		}
+		world("1")
+		held("before it asked", "a", "")
+		ask(xds.ClusterType)
+		first, _ := m.next(now)
+		held("sent", "a", "")
+		m.request(request{typeURL: xds.ClusterType, nonce: first.nonce}, now)
+		held("acknowledged", "a", "1")
+		m.next(now)
+		if m.Settled() {
+			t.Errorf("sotw %v: settled before it asked for listeners", sotw)
+		}
+		ask(xds.ListenerType)
+		listeners, _ := m.next(now)
+		m.request(request{typeURL: xds.ListenerType, nonce: listeners.nonce}, now)
+		if m.next(now); !m.Settled() {
+			t.Errorf("sotw %v: not settled", sotw)
+		}
+		world("2")
+		second, _ := m.next(now)
+		held("another version sent", "a", "")
+		m.request(request{typeURL: xds.ClusterType, nonce: second.nonce, isNACK: true, refused: "a is bad"}, now)
+		held("refused", "a", "")
+		held("refused, but not for it", "b", "1")
+		world("3")
+		third, _ := m.next(now)
+		m.request(request{typeURL: xds.ClusterType, nonce: third.nonce}, now)
+		held("mended", "a", "3")
+	}
+}
+
 func FuzzMachine(f *testing.F) {
 	f.Add([]byte{4, 0, 0, 0, 0, 5, 5, 0, 0, 7, 0, 0, 0, 0, 9, 9, 0, 0}, false)
 	f.Add([]byte{4, 0, 0, 2, 1, 1, 0, 0, 5, 0, 1, 5, 5, 0, 0, 8, 0, 8, 4, 0, 0, 9, 0, 0}, true)

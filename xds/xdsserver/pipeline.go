@@ -6,7 +6,9 @@ import (
 	"context"
 	"log/slog"
 	"maps"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -29,13 +31,17 @@ type Generator interface {
 	Forget(names ...federation.ServiceName)
 }
 
-// Weigh may hold back changes of remote weights, as in federation.Query.
-type Weigh func(key federation.WeightKey, ready uint32) uint32
+// Restraint is what a generator must mind beside view and configuration: what is not to be
+// told yet. Its functions are those of federation.Query.
+type Restraint struct {
+	Weigh  func(key federation.WeightKey, ready uint32) uint32
+	Closed func(key federation.WeightKey) bool
+}
 
 // PipelineConfig of a Pipeline.
 type PipelineConfig struct {
 	// Generators make, for each role, the generator of one scope.
-	Generators map[federation.ProxyRole]func(Weigh) Generator
+	Generators map[federation.ProxyRole]func(Restraint) Generator
 
 	// Prepare may change a snapshot before it is used, for example to resolve the host
 	// names of gateways; nil means as it is.
@@ -56,6 +62,8 @@ type Pipeline struct {
 	config  PipelineConfig
 	metrics *pipelineMetrics
 	wake    chan struct{} // capacity 1
+	hurry   chan struct{} // capacity 1; the same, whatever the pace
+	doors   *doors
 
 	mu       sync.Mutex
 	pending  *federation.Snapshot // given, not yet computed
@@ -65,12 +73,14 @@ type Pipeline struct {
 	classes  map[xds.Class]*class
 	feeds    map[*feed]struct{}
 	gone     map[federation.WorkloadKey]time.Time // workloads that were there once
+	absent   map[federation.Network]bool          // see elsewhere
 	computed chan struct{}                        // closed after each computation
 }
 
 // scope is what the feeds of one scope share.
 type scope struct {
 	view       *federation.View
+	prior      *federation.View     // the one before, during a computation that made another
 	made       *federation.Snapshot // what view was made of; nil to make it again
 	damper     *federation.Damper
 	generators map[federation.ProxyRole]Generator
@@ -100,11 +110,21 @@ func NewPipeline(c PipelineConfig) *Pipeline {
 	if c.Now == nil {
 		c.Now = time.Now
 	}
-	return &Pipeline{
-		config: c, metrics: newPipelineMetrics(), wake: make(chan struct{}, 1),
+	p := &Pipeline{
+		config: c, metrics: newPipelineMetrics(), wake: make(chan struct{}, 1), hurry: make(chan struct{}, 1),
 		scopes: map[federation.Scope]*scope{}, classes: map[xds.Class]*class{},
 		feeds: map[*feed]struct{}{}, gone: map[federation.WorkloadKey]time.Time{},
 		computed: make(chan struct{}),
+	}
+	p.doors = newDoors(c.Now, func() { poke(p.hurry) })
+	return p
+}
+
+// poke fills a channel of capacity one.
+func poke(c chan<- struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
 	}
 }
 
@@ -118,12 +138,7 @@ func (p *Pipeline) Update(s *federation.Snapshot) {
 }
 
 // Refresh computes the last snapshot again, for when what Prepare knows has changed.
-func (p *Pipeline) Refresh() {
-	select {
-	case p.wake <- struct{}{}:
-	default:
-	}
-}
+func (p *Pipeline) Refresh() { poke(p.wake) }
 
 // Run computes until the context ends.
 func (p *Pipeline) Run(ctx context.Context) error {
@@ -134,28 +149,43 @@ func (p *Pipeline) Run(ctx context.Context) error {
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-p.wake:
+		case <-p.hurry:
 		case <-timer.C:
+			if wait := p.nextDue(); wait > 0 {
+				timer.Reset(wait)
+				continue
+			}
 		}
-		wait := p.compute()
-		timer.Reset(wait)
-		pause := time.NewTimer(p.config.Pace)
-		select {
-		case <-ctx.Done():
-			pause.Stop()
-			return ctx.Err()
-		case <-pause.C:
+		p.compute()
+		timer.Reset(p.nextDue())
+		if err := p.rest(ctx); err != nil {
+			return err
 		}
 	}
 }
 
-// compute brings every feed up to the newest snapshot, and tells when a weight that was
-// held back may go.
-func (p *Pipeline) compute() time.Duration {
+// rest keeps the pace between two computations.
+func (p *Pipeline) rest(ctx context.Context) error {
+	pause := time.NewTimer(p.config.Pace)
+	defer pause.Stop()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-p.hurry:
+		poke(p.hurry)
+		return nil
+	case <-pause.C:
+		return nil
+	}
+}
+
+// compute brings every feed up to the newest snapshot.
+func (p *Pipeline) compute() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	given := p.pending
 	if given == nil {
-		return time.Hour
+		return
 	}
 	start := p.config.Now()
 	p.adopt(given)
@@ -166,21 +196,125 @@ func (p *Pipeline) compute() time.Duration {
 	for _, c := range p.classes {
 		c.used = false
 	}
-	woken := 0
-	// Gateways first: who calls a service that is new behind a gateway before the gateway
-	// knows of it is turned away, and soon takes the gateway for dead.
-	for _, gateways := range []bool{true, false} {
-		for f := range p.feeds {
-			if gateways == (f.subject.Role == federation.GatewayRole) && p.feedIt(f) {
-				woken++
-			}
-		}
-	}
+	// Gateways first: what they do not know yet is not told to callers.
+	woken := p.feedAll(true)
+	closed := p.turnDoors()
+	woken += p.feedAll(false)
+	p.keepDoors(closed)
 	p.sweep()
 	close(p.computed)
 	p.computed = make(chan struct{})
 	p.metrics.computed(p.config.Now().Sub(start), woken)
-	return p.nextDue()
+	p.metrics.waited(p.doors.tally())
+}
+
+// feedAll recomputes what gateways are told, or what all others are, and says for how many
+// it has changed.
+func (p *Pipeline) feedAll(gateways bool) (woken int) {
+	for f := range p.feeds {
+		if gateways == f.isGateway() && p.feedIt(f) {
+			woken++
+		}
+	}
+	return woken
+}
+
+// turnDoors lets callers wait for the gateways at doors that have opened, and tells which
+// have closed.
+func (p *Pipeline) turnDoors() (closed []door) {
+	for at, s := range p.scopes {
+		keeper, ok := s.generators[federation.GatewayRole].(Gatekeeper)
+		if !ok {
+			continue
+		}
+		var gateways []*feed
+		for f := range p.feeds {
+			if f.isGateway() && f.subject.Network == at.Network {
+				gateways = append(gateways, f)
+			}
+		}
+		if len(gateways) == 0 {
+			continue
+		}
+		opened, shut := keeper.Doors()
+		for _, sni := range shut {
+			closed = append(closed, door{at.Network, sni})
+		}
+		resources := gateways[0].told().Resources // all of a network have the same assignments
+		for _, sni := range opened {
+			p.openDoor(door{at.Network, sni}, resources, gateways)
+		}
+		p.doors.renew(at.Network, resources)
+	}
+	return closed
+}
+
+// openDoor waits for those gateways that run, and do not have the door's assignment yet.
+func (p *Pipeline) openDoor(at door, resources xds.Resources, gateways []*feed) {
+	r, _ := resources.Get(xds.EndpointType, at.sni)
+	var lack []*feed
+	for _, f := range gateways {
+		if f.runs.Load() && !f.tardy.Load() && !f.hadAll(at.sni, r.Version) {
+			lack = append(lack, f)
+		}
+	}
+	p.doors.open(at, r.Version, lack, p.elsewhere(at.network))
+	for _, f := range lack {
+		poke(f.changed) // it may have acknowledged already what it has
+	}
+}
+
+// keepDoors lets gateways keep closed doors until the callers know.
+func (p *Pipeline) keepDoors(closed []door) {
+	if len(closed) == 0 {
+		return
+	}
+	var callers []*feed
+	for f := range p.feeds {
+		if !f.isGateway() && !f.tardy.Load() {
+			callers = append(callers, f)
+		}
+	}
+	p.doors.close(closed, callers)
+}
+
+// elsewhere tells whether a network has a ready gateway that is not connected here. It is
+// worked out at most once in a computation.
+func (p *Pipeline) elsewhere(network federation.Network) bool {
+	if p.absent == nil {
+		p.absent = map[federation.Network]bool{}
+		here := map[federation.WorkloadKey]bool{}
+		for f := range p.feeds {
+			here[f.key] = true
+		}
+		for key, w := range p.snapshot.Workloads {
+			if w.Role == federation.GatewayRole && w.Ready && !here[key] {
+				p.absent[w.Network] = true
+			}
+		}
+	}
+	return p.absent[network]
+}
+
+// closed tells whether a scope's callers must not hear of a network's endpoints yet.
+func (p *Pipeline) closed(s *scope, key federation.WeightKey) bool {
+	if p.scopes[federation.Scope{Network: key.Network, Gateway: true}] == nil && s.arrives(key) && p.elsewhere(key.Network) {
+		p.doors.arrive(arrival{key.Service, key.Network})
+	}
+	return p.doors.closed(key)
+}
+
+// arrives tells whether a service has its first ready endpoints in a network.
+func (s *scope) arrives(key federation.WeightKey) bool {
+	if s.prior == nil {
+		return false
+	}
+	now, ok := s.view.Service(key.Service)
+	if !ok || now.ReadyIn(key.Network) == 0 {
+		return false
+	}
+	old, ok := s.prior.Service(key.Service)
+	return !ok || old.ReadyIn(key.Network) == 0
 }
 
 // adopt takes a snapshot, and notes which workloads are gone since the last one.
@@ -207,16 +341,24 @@ func (p *Pipeline) adopt(given *federation.Snapshot) {
 	p.snapshot = s
 }
 
-// letGo makes the services be made again whose weights were held back long enough.
+// letGo makes the services be made again that were held back long enough.
 func (p *Pipeline) letGo(now time.Time) {
-	for _, s := range p.scopes {
-		due := s.damper.Due(now)
-		if len(due) == 0 {
-			continue
+	opened, dropped := p.doors.settle()
+	for _, at := range dropped {
+		if s := p.scopes[federation.Scope{Network: at.network, Gateway: true}]; s != nil {
+			if keeper, ok := s.generators[federation.GatewayRole].(Gatekeeper); ok {
+				keeper.Close(at.sni)
+				s.made = nil
+			}
 		}
-		names := make([]federation.ServiceName, 0, len(due))
-		for _, key := range due {
+	}
+	for _, s := range p.scopes {
+		names := slices.Clone(opened)
+		for _, key := range s.damper.Due(now) {
 			names = append(names, key.Service)
+		}
+		if len(names) == 0 {
+			continue
 		}
 		for _, g := range s.generators {
 			g.Forget(names...)
@@ -225,15 +367,20 @@ func (p *Pipeline) letGo(now time.Time) {
 	}
 }
 
+// nextDue is how long to wait before something that is held back may go.
 func (p *Pipeline) nextDue() time.Duration {
-	wait := time.Hour
-	now := p.config.Now()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	wait, now := time.Hour, p.config.Now()
+	if at, ok := p.doors.next(); ok {
+		wait = min(wait, at.Sub(now))
+	}
 	for _, s := range p.scopes {
 		if at, ok := s.damper.Next(); ok {
-			wait = min(wait, max(at.Sub(now), time.Millisecond))
+			wait = min(wait, at.Sub(now))
 		}
 	}
-	return wait
+	return max(wait, 0)
 }
 
 // feedIt recomputes what one feed is told, and tells whether that has changed.
@@ -258,7 +405,7 @@ func (p *Pipeline) frame(proxy xds.Proxy) (Frame, bool) {
 	}
 	s.used = true
 	if s.made != p.snapshot {
-		s.view, s.made = p.snapshot.ViewFrom(s.view, at), p.snapshot
+		s.prior, s.view, s.made = s.view, p.snapshot.ViewFrom(s.view, at), p.snapshot
 	}
 	g := s.generators[proxy.Role]
 	if g == nil {
@@ -266,9 +413,11 @@ func (p *Pipeline) frame(proxy xds.Proxy) (Frame, bool) {
 		if factory == nil {
 			return Frame{}, false
 		}
-		damper := s.damper
-		g = factory(func(key federation.WeightKey, ready uint32) uint32 {
-			return damper.Weight(p.config.Now(), key, ready)
+		g = factory(Restraint{
+			Weigh: func(key federation.WeightKey, ready uint32) uint32 {
+				return s.damper.Weight(p.config.Now(), key, ready)
+			},
+			Closed: func(key federation.WeightKey) bool { return p.closed(s, key) },
 		})
 		s.generators[proxy.Role] = g
 	}
@@ -321,6 +470,10 @@ func equalLists(a, b []xds.Resource) bool {
 func (p *Pipeline) sweep() {
 	maps.DeleteFunc(p.scopes, func(_ federation.Scope, s *scope) bool { return !s.used })
 	maps.DeleteFunc(p.classes, func(_ xds.Class, c *class) bool { return !c.used })
+	for _, s := range p.scopes {
+		s.prior = nil
+	}
+	p.absent = nil
 }
 
 // Attach implements Source.
@@ -400,6 +553,21 @@ func (p *Pipeline) Findings() []federation.Finding {
 	return out
 }
 
+// Held is how many scopes have weights, and how many doors callers or gateways, that are
+// not told yet although they are known: while it is not zero, more will be sent without
+// another snapshot.
+func (p *Pipeline) Held() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	n := p.doors.held()
+	for _, s := range p.scopes {
+		if _, ok := s.damper.Next(); ok {
+			n++
+		}
+	}
+	return n
+}
+
 // Synced tells whether a first snapshot has been computed.
 func (p *Pipeline) Synced() bool {
 	p.mu.Lock()
@@ -416,23 +584,64 @@ type feed struct {
 
 	subject xds.Proxy // under the pipeline's lock
 
-	mu      sync.Mutex
-	current Frame
+	acked atomic.Uint64 // the newest frame of which all was acknowledged
+	runs  atomic.Bool   // there has been one
+	tardy atomic.Bool   // was waited for in vain, and has not been heard of since
+
+	mu  sync.Mutex
+	now Frame
+
+	// Of gateways, before is what was told before the last computation, and synced tells
+	// that all of it had been acknowledged.
+	before xds.Resources
+	synced bool
 }
+
+func (f *feed) isGateway() bool { return f.subject.Role == federation.GatewayRole }
 
 // put sets the frame and wakes the reader if its resources are others.
 func (f *feed) put(frame Frame) bool {
 	f.mu.Lock()
-	changed := !sameResources(f.current.Resources, frame.Resources)
-	f.current = frame
-	f.mu.Unlock()
+	defer f.mu.Unlock()
+	if f.isGateway() {
+		f.before, f.synced = f.now.Resources, f.acked.Load() == f.now.sequence
+	}
+	frame.sequence = f.now.sequence
+	changed := !sameResources(f.now.Resources, frame.Resources)
 	if changed {
-		select {
-		case f.changed <- struct{}{}:
-		default:
-		}
+		frame.sequence++
+	}
+	f.now = frame
+	if changed {
+		poke(f.changed)
 	}
 	return changed
+}
+
+// current tells whether all that there is to be told has been acknowledged.
+func (f *feed) current() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.acked.Load() == f.now.sequence
+}
+
+// hadAll tells whether an assignment was acknowledged before the last computation, and is
+// still the same.
+func (f *feed) hadAll(name, version string) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	r, ok := f.before.Get(xds.EndpointType, name)
+	return ok && f.synced && r.Version == version
+}
+
+// Heard implements Feed.
+func (f *feed) Heard(frame Frame, holds Holdings) {
+	if holds.Settled() {
+		f.acked.Store(frame.sequence)
+		f.runs.Store(true)
+		f.tardy.Store(false)
+	}
+	f.pipeline.doors.heard(f, holds)
 }
 
 // sameResources compares by identity of the lists.
@@ -449,10 +658,12 @@ func sameResources(a, b xds.Resources) bool {
 }
 
 // Current implements Feed.
-func (f *feed) Current() Frame {
+func (f *feed) Current() Frame { return f.told() }
+
+func (f *feed) told() Frame {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return f.current
+	return f.now
 }
 
 // Changed implements Feed.
@@ -463,12 +674,15 @@ func (f *feed) Close() {
 	f.pipeline.mu.Lock()
 	defer f.pipeline.mu.Unlock()
 	delete(f.pipeline.feeds, f)
+	f.pipeline.doors.leave(f)
 }
 
 type pipelineMetrics struct {
 	builds   prometheus.Counter
 	duration prometheus.Histogram
 	woken    prometheus.Counter
+	waits    prometheus.Histogram
+	overdue  prometheus.Counter
 	classes  *prometheus.Desc
 }
 
@@ -476,9 +690,16 @@ func newPipelineMetrics() *pipelineMetrics {
 	name := func(s string) prometheus.Opts {
 		return prometheus.Opts{Namespace: "isthmus", Subsystem: "xds", Name: s}
 	}
-	builds, woken := name("class_builds_total"), name("streams_woken_total")
+	builds, woken, overdue := name("class_builds_total"), name("streams_woken_total"), name("doors_overdue_total")
 	builds.Help, woken.Help = "Computations of a proxy class.", "Streams that were woken because their resources changed."
+	overdue.Help = "Services that callers or gateways were told of before the other side had acknowledged, because it did not within 2 s."
 	return &pipelineMetrics{
+		overdue: prometheus.NewCounter(prometheus.CounterOpts(overdue)),
+		waits: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Namespace: "isthmus", Subsystem: "xds", Name: "door_wait_seconds",
+			Help:    "How long callers were not told of a service's first endpoints in a network, until its gateways had acknowledged them.",
+			Buckets: []float64{.001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2},
+		}),
 		builds: prometheus.NewCounter(prometheus.CounterOpts(builds)),
 		woken:  prometheus.NewCounter(prometheus.CounterOpts(woken)),
 		duration: prometheus.NewHistogram(prometheus.HistogramOpts{
@@ -495,8 +716,17 @@ func (m *pipelineMetrics) computed(took time.Duration, woken int) {
 	m.woken.Add(float64(woken))
 }
 
+func (m *pipelineMetrics) waited(waits []time.Duration, overdue int) {
+	for _, w := range waits {
+		m.waits.Observe(w.Seconds())
+	}
+	m.overdue.Add(float64(overdue))
+}
+
 // Describe implements prometheus.Collector.
 func (p *Pipeline) Describe(ch chan<- *prometheus.Desc) {
+	p.metrics.waits.Describe(ch)
+	p.metrics.overdue.Describe(ch)
 	p.metrics.builds.Describe(ch)
 	p.metrics.woken.Describe(ch)
 	p.metrics.duration.Describe(ch)
@@ -505,6 +735,8 @@ func (p *Pipeline) Describe(ch chan<- *prometheus.Desc) {
 
 // Collect implements prometheus.Collector.
 func (p *Pipeline) Collect(ch chan<- prometheus.Metric) {
+	p.metrics.waits.Collect(ch)
+	p.metrics.overdue.Collect(ch)
 	p.metrics.builds.Collect(ch)
 	p.metrics.woken.Collect(ch)
 	p.metrics.duration.Collect(ch)

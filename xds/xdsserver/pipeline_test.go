@@ -5,7 +5,6 @@ package xdsserver_test
 import (
 	"context"
 	"fmt"
-	"maps"
 	"net/netip"
 	"strings"
 	"testing"
@@ -21,6 +20,7 @@ import (
 	"github.com/isthmus-mesh/isthmus/federation"
 	"github.com/isthmus-mesh/isthmus/xds"
 	"github.com/isthmus-mesh/isthmus/xds/xdsserver"
+	"github.com/isthmus-mesh/isthmus/xds/xdstest"
 )
 
 func startPipeline(t *testing.T, c xdsserver.PipelineConfig) *xdsserver.Pipeline {
@@ -39,16 +39,7 @@ var clientPeer = xdsserver.Peer{
 }
 
 func clientLoad() *federation.Workload {
-	return workload("kube:east", "client", "n1", clientIP, federation.Sidecar)
-}
-
-// later is a copy at the next revision.
-func later(s *federation.Snapshot) *federation.Snapshot {
-	out := *s
-	out.Revision++
-	out.Records = maps.Clone(s.Records)
-	out.Workloads = maps.Clone(s.Workloads)
-	return &out
+	return xdstest.Workload("kube:east", "client", "n1", xdstest.ClientIP, federation.Sidecar)
 }
 
 func TestNobodyIsServedBeforeTheFirstSnapshot(t *testing.T) {
@@ -65,7 +56,7 @@ func TestNobodyIsServedBeforeTheFirstSnapshot(t *testing.T) {
 func TestAWorkloadThatIsNotKnownYetWaits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := startPipeline(t, xdsserver.PipelineConfig{})
-		empty := snapshotOf(nil)
+		empty := xdstest.Snapshot(nil)
 		p.Update(empty)
 		type result struct {
 			feed xdsserver.Feed
@@ -77,7 +68,7 @@ func TestAWorkloadThatIsNotKnownYetWaits(t *testing.T) {
 			got <- result{f, err}
 		}()
 		time.Sleep(10 * time.Second)
-		next := later(empty)
+		next := xdstest.Later(empty)
 		next.Workloads[clientPeer.Workload] = clientLoad()
 		p.Update(next)
 		r := <-got
@@ -90,7 +81,7 @@ func TestAWorkloadThatIsNotKnownYetWaits(t *testing.T) {
 		r.feed.Close()
 
 		// Deleted is another thing than unknown.
-		gone := later(next)
+		gone := xdstest.Later(next)
 		delete(gone.Workloads, clientPeer.Workload)
 		p.Update(gone)
 		synctest.Wait()
@@ -104,7 +95,7 @@ func TestAWorkloadThatIsNotKnownYetWaits(t *testing.T) {
 func TestWhoTheCredentialSaysMustBeWhoTheRecordSays(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := startPipeline(t, xdsserver.PipelineConfig{})
-		p.Update(snapshotOf([]*federation.Workload{clientLoad()}))
+		p.Update(xdstest.Snapshot([]*federation.Workload{clientLoad()}))
 		time.Sleep(time.Second)
 		other := clientPeer
 		other.ServiceAccount = "admin"
@@ -117,11 +108,11 @@ func TestWhoTheCredentialSaysMustBeWhoTheRecordSays(t *testing.T) {
 func TestOnlyThoseConcernedAreWoken(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := startPipeline(t, xdsserver.PipelineConfig{})
-		inShop, other := clientLoad(), workload("kube:east", "other", "n1", "10.1.0.9", federation.Sidecar)
+		inShop, other := clientLoad(), xdstest.Workload("kube:east", "other", "n1", "10.1.0.9", federation.Sidecar)
 		other.Namespace = "elsewhere"
-		private := record("kube:east", endpoint(workload("kube:east", "near", "n1", nearIP, federation.Sidecar)))
+		private := xdstest.Record("kube:east", xdstest.Endpoint(xdstest.Workload("kube:east", "near", "n1", xdstest.NearIP, federation.Sidecar)))
 		private.ExportTo = []string{"."}
-		s := snapshotOf([]*federation.Workload{inShop, other}, private)
+		s := xdstest.Snapshot([]*federation.Workload{inShop, other}, private)
 		p.Update(s)
 		one, err := p.Attach(t.Context(), clientPeer)
 		if err != nil {
@@ -142,7 +133,7 @@ func TestOnlyThoseConcernedAreWoken(t *testing.T) {
 		}
 		drain(one)
 		drain(two)
-		next := later(s)
+		next := xdstest.Later(s)
 		changed := *private
 		changed.Endpoints = nil
 		next.Records[private.Name] = []*federation.Record{&changed}
@@ -155,7 +146,7 @@ func TestOnlyThoseConcernedAreWoken(t *testing.T) {
 			t.Error("who does not see the service was woken")
 		}
 		// Nothing changed at all: nobody is woken, and the revision is known.
-		p.Update(later(next))
+		p.Update(xdstest.Later(next))
 		time.Sleep(time.Second)
 		if drain(one) || drain(two) {
 			t.Error("woken by a revision that changed nothing")
@@ -169,16 +160,16 @@ func TestOnlyThoseConcernedAreWoken(t *testing.T) {
 func TestRemoteWeightsChangeAtMostOnceASecond(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := startPipeline(t, xdsserver.PipelineConfig{})
-		s := snapshotOf([]*federation.Workload{clientLoad()})
+		s := xdstest.Snapshot([]*federation.Workload{clientLoad()})
 		size := func(n int) *federation.Snapshot {
-			s = later(s)
+			s = xdstest.Later(s)
 			var list []federation.Endpoint
 			for i := range n {
-				w := workload("kube:west", fmt.Sprintf("far-%d", i), "n2", "10.2.0.2", federation.Sidecar)
+				w := xdstest.Workload("kube:west", fmt.Sprintf("far-%d", i), "n2", "10.2.0.2", federation.Sidecar)
 				w.Addresses = []netip.Addr{netip.AddrFrom4([4]byte{10, 2, 1, byte(i)})}
-				list = append(list, endpoint(w))
+				list = append(list, xdstest.Endpoint(w))
 			}
-			r := record("kube:west", list...)
+			r := xdstest.Record("kube:west", list...)
 			s.Records[r.Name] = []*federation.Record{r}
 			return s
 		}
@@ -230,21 +221,21 @@ func (n *noting) BuildClass(v *federation.View, i *config.Index, c xds.Class) (x
 func TestGatewaysAreToldFirst(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var roles []federation.ProxyRole
-		generator := func(role federation.ProxyRole) func(xdsserver.Weigh) xdsserver.Generator {
-			return func(xdsserver.Weigh) xdsserver.Generator { return &noting{role: role, roles: &roles} }
+		generator := func(role federation.ProxyRole) func(xdsserver.Restraint) xdsserver.Generator {
+			return func(xdsserver.Restraint) xdsserver.Generator { return &noting{role: role, roles: &roles} }
 		}
-		p := xdsserver.NewPipeline(xdsserver.PipelineConfig{Generators: map[federation.ProxyRole]func(xdsserver.Weigh) xdsserver.Generator{
+		p := xdsserver.NewPipeline(xdsserver.PipelineConfig{Generators: map[federation.ProxyRole]func(xdsserver.Restraint) xdsserver.Generator{
 			federation.Sidecar: generator(federation.Sidecar), federation.GatewayRole: generator(federation.GatewayRole),
 		}})
 		go func() { _ = p.Run(t.Context()) }()
-		server := workload("kube:west", "pay", "n2", nearIP, federation.Sidecar)
-		loads := []*federation.Workload{server, workload("kube:west", "gateway", "n2", gatewayIP, federation.GatewayRole)}
+		server := xdstest.Workload("kube:west", "pay", "n2", xdstest.NearIP, federation.Sidecar)
+		loads := []*federation.Workload{server, xdstest.Workload("kube:west", "gateway", "n2", xdstest.GatewayIP, federation.GatewayRole)}
 		for i := range 5 {
-			w := workload("kube:east", fmt.Sprintf("client-%d", i), "n1", clientIP, federation.Sidecar)
+			w := xdstest.Workload("kube:east", fmt.Sprintf("client-%d", i), "n1", xdstest.ClientIP, federation.Sidecar)
 			w.Namespace = w.Name // each is a class of its own
 			loads = append(loads, w)
 		}
-		s := snapshotOf(loads, record("kube:west", endpoint(server)))
+		s := xdstest.Snapshot(loads, xdstest.Record("kube:west", xdstest.Endpoint(server)))
 		p.Update(s)
 		for _, w := range loads[1:] {
 			f, err := p.Attach(t.Context(), xdsserver.Peer{
@@ -259,8 +250,8 @@ func TestGatewaysAreToldFirst(t *testing.T) {
 			time.Sleep(time.Second)
 			synctest.Wait()
 			roles = nil
-			s = later(s)
-			changed := record("kube:west", endpoint(server))
+			s = xdstest.Later(s)
+			changed := xdstest.Record("kube:west", xdstest.Endpoint(server))
 			changed.Endpoints[0].Health = []federation.Health{federation.NotReady, federation.Ready}[i%2]
 			s.Records[changed.Name] = []*federation.Record{changed}
 			p.Update(s)

@@ -59,6 +59,9 @@ func (f *handFeed) Current() xdsserver.Frame {
 	return xdsserver.Frame{Resources: f.source.resources, Revision: f.source.revision}
 }
 func (f *handFeed) Changed() <-chan struct{} { return f.changed }
+
+func (f *handFeed) Heard(xdsserver.Frame, xdsserver.Holdings) {}
+
 func (f *handFeed) Close() {
 	f.source.mu.Lock()
 	defer f.source.mu.Unlock()

@@ -44,6 +44,9 @@ type Feed interface {
 	Current() Frame
 	// Changed gets a value after Current has changed; several changes may be one value.
 	Changed() <-chan struct{}
+	// Heard is called whenever the stream has nothing more to say at the moment, with the
+	// frame that it works on. The holdings are good during the call only.
+	Heard(Frame, Holdings)
 	Close()
 }
 
@@ -53,6 +56,8 @@ type Frame struct {
 	Class     string
 	Revision  federation.Revision
 	Resources xds.Resources
+
+	sequence uint64 // rises when the resources of its feed change
 }
 
 // Config of a Server.

@@ -104,6 +104,27 @@ func (m *machine) settled() bool {
 	return true
 }
 
+// Settled implements Holdings. A proxy asks for listeners once it has its first clusters.
+func (m *machine) Settled() bool { return m.subs[xds.ListenerType] != nil && m.settled() }
+
+// Held implements Holdings.
+func (m *machine) Held(typeURL, name string) (version string, ok bool) {
+	s := m.subs[typeURL]
+	if s == nil {
+		return "", false
+	}
+	r, ok := s.sent[name]
+	if !ok || slices.Contains(s.sentNames, name) {
+		return "", false
+	}
+	for _, f := range s.refusals {
+		if slices.Contains(f.names, name) {
+			return "", false
+		}
+	}
+	return r.Version, true
+}
+
 // waiting tells whether anything was sent that was not answered.
 func (m *machine) waiting() bool {
 	for _, s := range m.subs {

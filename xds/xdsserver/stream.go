@@ -165,6 +165,9 @@ func (st *stream) speak() (time.Duration, error) {
 		st.mu.Lock()
 		r, again := st.machine.next(now)
 		st.measure(now)
+		if r == nil {
+			st.feed.Heard(st.frame, st.machine)
+		}
 		st.mu.Unlock()
 		if r == nil {
 			if again.IsZero() {
