@@ -126,12 +126,19 @@ func (p program) check(ctx context.Context, path string) error {
 	defer cancel()
 	output, err := exec.CommandContext(ctx, path, p.args...).CombinedOutput()
 	if err != nil {
-		return fmt.Errorf("%s %s: %w: %s", path, strings.Join(p.args, " "), err, tail(output))
+		return fmt.Errorf("%s %s: %w%s", path, strings.Join(p.args, " "), err, said(output))
 	}
 	if !bytes.Contains(output, []byte(p.version)) {
-		return fmt.Errorf("program %s: version is %q, want one with %q", path, bytes.TrimSpace(output), p.version)
+		return errOtherVersion{path, string(bytes.TrimSpace(output)), p.version}
 	}
 	return nil
+}
+
+// errOtherVersion says that a program works but is not of the version that is wanted.
+type errOtherVersion struct{ path, is, want string }
+
+func (e errOtherVersion) Error() string {
+	return fmt.Sprintf("program %s: version is %q, want one with %q", e.path, e.is, e.want)
 }
 
 // replace puts the finished folder in its place. An old one of the same name
@@ -165,6 +172,14 @@ func command(ctx context.Context, dir string, env []string, name string, args ..
 		return fmt.Errorf("%s %s: %w\n%s", name, strings.Join(args, " "), err, tail(output))
 	}
 	return nil
+}
+
+// said is for the end of an error: nothing where the program said nothing.
+func said(output []byte) string {
+	if text := tail(output); text != "" {
+		return ": " + text
+	}
+	return ""
 }
 
 // tail returns the end of what a program said.

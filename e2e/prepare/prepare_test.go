@@ -86,6 +86,34 @@ func TestArtifactOfAnotherVersionIsRefused(t *testing.T) {
 	}
 }
 
+func TestAnEnvoyThatSomebodyBrought(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	for name, script := range map[string]string{
+		"good": "echo envoy version: abc/1.40.0/Clean/RELEASE/BoringSSL", "new": "echo envoy version: abc/1.50.1/Clean", "bad": "exit 3",
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte("#!/bin/sh\n"+script+"\n"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, c := range []struct{ path, said, failure string }{
+		{"", "", ""},
+		{filepath.Join(dir, "good"), "", ""},
+		{filepath.Join(dir, "new"), "not the one that this was made with", ""},
+		{filepath.Join(dir, "bad"), "", "exit status 3; set it to the path of an Envoy 1.40.0"},
+		{filepath.Join(dir, "none"), "", "no such file or directory"},
+	} {
+		work, said := quiet()
+		err := ownEnvoy(t.Context(), work, c.path)
+		if c.failure == "" && err != nil || c.failure != "" && (err == nil || !strings.Contains(err.Error(), c.failure)) {
+			t.Errorf("%s: %v, want %q", c.path, err, c.failure)
+		}
+		if (c.said == "") != (said.String() == "") || !strings.Contains(said.String(), c.said) {
+			t.Errorf("%s: it says %q, want %q", c.path, said, c.said)
+		}
+	}
+}
+
 func TestOneFailureEndsTheOthers(t *testing.T) {
 	t.Parallel()
 	broken := errors.New("no network")

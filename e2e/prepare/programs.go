@@ -113,6 +113,24 @@ func envoy() artifact {
 	}
 }
 
+// ownEnvoy looks at the Envoy that somebody brought; path is empty where nobody did. One of
+// another version is used, since that is why people bring one.
+func ownEnvoy(ctx context.Context, work *progress, path string) error {
+	if path == "" {
+		return nil
+	}
+	var other errOtherVersion
+	err := (program{path, []string{"--version"}, "/" + cache.EnvoyVersion + "/"}).check(ctx, path)
+	if errors.As(err, &other) {
+		work.say("using the Envoy of $ENVOY, which is not the one that this was made with: %v", err)
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("$ENVOY: %w; set it to the path of an Envoy %s, or unset it to have that fetched", err, cache.EnvoyVersion)
+	}
+	return nil
+}
+
 // pip returns a Python that can install packages: the machine's own, else one
 // in a virtual environment made at venv, else the machine's after installing
 // Debian's pip.
