@@ -56,6 +56,9 @@ type Audit interface {
 	Append(AuditEntry) error
 }
 
+// maxAuditLine is more than any line has, in bytes.
+const maxAuditLine = 64 << 10
+
 // maxAuditText bounds the texts of a line that a caller may influence.
 const maxAuditText = 1024
 
@@ -70,7 +73,9 @@ type AuditLog struct {
 	file    *os.File
 	replica string
 	clock   func() time.Time
+	id      string // hash of the first line
 	head    AuditHead
+	last    error // of the last Append
 	failed  error // a line may be half written; nothing may follow it
 }
 
@@ -79,10 +84,11 @@ var _ Audit = (*AuditLog)(nil)
 // auditSyncEvery is how much of the log a loss of power may cost.
 const auditSyncEvery = 5 * time.Second
 
-// AuditHead is the last line of a log: keep it elsewhere to notice a log that was cut short.
+// AuditHead is the last line of a log: keep it elsewhere to notice a log that was cut short; see Checkpoints.
 type AuditHead struct {
-	Sequence uint64 // 0: empty
-	Hash     string
+	Sequence uint64 `json:"seq"` // 0: empty
+	Hash     string `json:"hash"`
+	Size     int64  `json:"size"` // of the log with this line, in bytes
 }
 
 // OpenAudit opens the log at path, or begins it. The replica's name is part of every line. A last line that a
@@ -126,14 +132,13 @@ func (l *AuditLog) resume() (cut int64, err error) {
 	if err != nil {
 		return 0, err
 	}
-	const most = 64 << 10 // no line is as long as this
-	tail := make([]byte, min(size, most))
+	tail := make([]byte, min(size, maxAuditLine))
 	if _, err := l.file.ReadAt(tail, size-int64(len(tail))); err != nil {
 		return 0, err
 	}
 	end := bytes.LastIndexByte(tail, '\n') + 1
 	if end == 0 && size > int64(len(tail)) {
-		return 0, fmt.Errorf("its last line is longer than %d bytes", most)
+		return 0, fmt.Errorf("its last line is longer than %d bytes", maxAuditLine)
 	}
 	if cut = int64(len(tail) - end); cut > 0 {
 		if err := l.file.Truncate(size - cut); err != nil {
@@ -148,14 +153,48 @@ func (l *AuditLog) resume() (cut int64, err error) {
 	if err != nil {
 		return 0, fmt.Errorf("its last line: %w", err)
 	}
-	l.head = AuditHead{Sequence: entry.Sequence, Hash: hash}
-	return cut, nil
+	l.head = AuditHead{Sequence: entry.Sequence, Hash: hash, Size: size - cut}
+	l.id, err = l.firstHash()
+	return cut, err
+}
+
+// firstHash is the hash of the first line, which tells this log from every other.
+func (l *AuditLog) firstHash() (string, error) {
+	text := make([]byte, min(l.head.Size, maxAuditLine))
+	if _, err := l.file.ReadAt(text, 0); err != nil {
+		return "", err
+	}
+	line, _, _ := bytes.Cut(text, []byte("\n"))
+	_, hash, err := parseAuditLine(line)
+	if err != nil {
+		return "", fmt.Errorf("its first line: %w", err)
+	}
+	return hash, nil
+}
+
+// lineEndingAt reads the line whose newline is the last byte before size, and gives its sequence and hash.
+func (l *AuditLog) lineEndingAt(size int64) (AuditHead, error) {
+	text := make([]byte, min(size, maxAuditLine))
+	if _, err := l.file.ReadAt(text, size-int64(len(text))); err != nil {
+		return AuditHead{}, err
+	}
+	text, whole := bytes.CutSuffix(text, []byte("\n"))
+	if !whole {
+		return AuditHead{}, errors.New("no line ends there")
+	}
+	entry, hash, err := parseAuditLine(text[bytes.LastIndexByte(text, '\n')+1:])
+	return AuditHead{Sequence: entry.Sequence, Hash: hash, Size: size}, err
 }
 
 // Append implements Audit. Errors wrap ErrAudit.
 func (l *AuditLog) Append(e AuditEntry) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	l.last = l.appendLocked(e)
+	return l.last
+}
+
+func (l *AuditLog) appendLocked(e AuditEntry) error {
 	if l.failed != nil {
 		return fmt.Errorf("%w: since an earlier failure: %w", ErrAudit, l.failed)
 	}
@@ -177,7 +216,10 @@ func (l *AuditLog) Append(e AuditEntry) error {
 		}
 		return fmt.Errorf("%w: %w", ErrAudit, err)
 	}
-	l.head = AuditHead{Sequence: e.Sequence, Hash: hash}
+	l.head = AuditHead{Sequence: e.Sequence, Hash: hash, Size: l.head.Size + int64(len(line))}
+	if l.id == "" {
+		l.id = hash
+	}
 	return nil
 }
 
@@ -195,6 +237,25 @@ func (l *AuditLog) Head() AuditHead {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.head
+}
+
+// ID tells this log from every other: the hash of its first line.
+func (l *AuditLog) ID() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.id
+}
+
+// Err is why the last line could not be written, and nil once one could.
+func (l *AuditLog) Err() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.last
+}
+
+// Verify reads the log as far as it goes now, and compares it with marks that were kept elsewhere.
+func (l *AuditLog) Verify(marks []AuditMark) (AuditHead, error) {
+	return CheckAudit(io.NewSectionReader(l.file, 0, l.Head().Size), marks)
 }
 
 // Run brings what was written to disk every few seconds until ctx ends. A failure stops issuance: a disk that
@@ -267,11 +328,38 @@ func VerifyAudit(r io.Reader) (AuditHead, error) {
 	return ReadAudit(r, func(AuditEntry) error { return nil })
 }
 
+// CheckAudit is VerifyAudit for a log whose heads were kept elsewhere: it also notices a log that was cut short,
+// or written anew from its beginning. The marks are in order.
+func CheckAudit(r io.Reader, marks []AuditMark) (AuditHead, error) {
+	head, err := readAudit(r, func(_ AuditEntry, at AuditHead) error {
+		if len(marks) == 0 || at.Sequence < marks[0].Sequence {
+			return nil
+		}
+		mark := marks[0]
+		marks = marks[1:]
+		if at != mark.AuditHead {
+			return fmt.Errorf("audit line %d: it is not the one that was kept at %s; the log was rewritten at or before it",
+				at.Sequence, mark.Time.UTC().Format(time.RFC3339))
+		}
+		return nil
+	})
+	if err == nil && len(marks) > 0 {
+		last := marks[len(marks)-1]
+		err = fmt.Errorf("audit line %d: the log ends here, and had %d lines at %s; it was cut short",
+			head.Sequence, last.Sequence, last.Time.UTC().Format(time.RFC3339))
+	}
+	return head, err
+}
+
 // ReadAudit is VerifyAudit that shows each line once it is verified. An error of show ends the reading.
 func ReadAudit(r io.Reader, show func(AuditEntry) error) (AuditHead, error) {
+	return readAudit(r, func(e AuditEntry, _ AuditHead) error { return show(e) })
+}
+
+func readAudit(r io.Reader, show func(AuditEntry, AuditHead) error) (AuditHead, error) {
 	head := AuditHead{Hash: auditGenesis}
 	lines := bufio.NewScanner(r)
-	lines.Buffer(nil, 64<<10)
+	lines.Buffer(nil, maxAuditLine)
 	for lines.Scan() {
 		entry, hash, err := parseAuditLine(lines.Bytes())
 		switch {
@@ -282,8 +370,8 @@ func ReadAudit(r io.Reader, show func(AuditEntry) error) (AuditHead, error) {
 		case entry.Previous != head.Hash:
 			return head, fmt.Errorf("audit line %d: it does not follow the line before it", entry.Sequence)
 		}
-		head = AuditHead{Sequence: entry.Sequence, Hash: hash}
-		if err := show(entry); err != nil {
+		head = AuditHead{Sequence: entry.Sequence, Hash: hash, Size: head.Size + int64(len(lines.Bytes())) + 1}
+		if err := show(entry, head); err != nil {
 			return head, err
 		}
 	}

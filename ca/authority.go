@@ -16,6 +16,9 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
+// MaxLifetime is the longest lifetime of a workload's certificate that a configuration may ask for.
+const MaxLifetime = 7 * 24 * time.Hour
+
 // Defaults of Config.
 const (
 	DefaultLifetime             = 24 * time.Hour
@@ -46,6 +49,8 @@ type Config struct {
 	Grants Grants
 	// Lifetime of leaves whose request asks for none; also the longest one.
 	Lifetime time.Duration
+	// Lifetimes is Lifetime for the workloads of some namespaces, by name, whichever source they are in.
+	Lifetimes map[string]time.Duration
 	// MinLifetime is the shortest lifetime that may be asked for.
 	MinLifetime time.Duration
 	// Backdate is how far before now a leaf becomes valid, for peers whose clock is late.
@@ -101,6 +106,11 @@ func (c Config) withDefaults() (Config, error) {
 	if c.MinLifetime > c.Lifetime {
 		return c, fmt.Errorf("ca: Config.MinLifetime %v exceeds Lifetime %v", c.MinLifetime, c.Lifetime)
 	}
+	for namespace, life := range c.Lifetimes {
+		if life < c.MinLifetime || life > MaxLifetime {
+			return c, fmt.Errorf("ca: Config.Lifetimes[%q] is %v; want %v to %v", namespace, life, c.MinLifetime, MaxLifetime)
+		}
+	}
 	if c.Keys == nil {
 		c.Keys = SealedKeys{Sealer: c.Sealer}
 	}
@@ -111,6 +121,26 @@ func (c Config) withDefaults() (Config, error) {
 		c.Log = slog.Default()
 	}
 	return c, nil
+}
+
+// lifetimeOf is the longest lifetime of a subject's certificate, and the one it gets if it asks for none.
+func (c Config) lifetimeOf(s Subject) time.Duration {
+	switch life, own := c.Lifetimes[s.Namespace]; {
+	case s.Source == SourceMeshd && s.ServiceAccount == AdminAccount:
+		return c.AdminLifetime
+	case own && s.Source != SourceMeshd:
+		return life
+	}
+	return c.Lifetime
+}
+
+// longestLifetime is that of any workload.
+func (c Config) longestLifetime() time.Duration {
+	longest := c.Lifetime
+	for _, life := range c.Lifetimes {
+		longest = max(longest, life)
+	}
+	return longest
 }
 
 // Authority is the certificate authority of one trust domain, as one replica sees it. Its methods may be called
@@ -160,7 +190,7 @@ func Open(ctx context.Context, cfg Config) (*Authority, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := lint(cfg.TrustDomain, cfg.Clock()); err != nil {
+	if err := lintProfiles(cfg, cfg.Clock()); err != nil {
 		return nil, err
 	}
 	a := &Authority{cfg: cfg, changed: make(chan struct{}), tried: make(map[string]time.Time)}

@@ -34,6 +34,8 @@ var (
 	ErrAudit = errors.New("audit log not writable")
 	// ErrJoinToken: the join token is malformed, unknown, expired or spent.
 	ErrJoinToken = errors.New("join token not accepted")
+	// ErrLint: the certificate that was made is not the one that was decided on, or breaks a rule of its profile.
+	ErrLint = errors.New("certificate does not pass its own check")
 	// ErrSpent: the Prepared was used before, is too old, or was never prepared.
 	ErrSpent = errors.New("prepared certificate not usable")
 )

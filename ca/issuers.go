@@ -24,12 +24,10 @@ func (a *Authority) makeRoot(ctx context.Context) error {
 		return err
 	}
 	template := rootTemplate(a.cfg.TrustDomain, newSerial(), now.Add(-a.cfg.Backdate), now.Add(a.cfg.RootLifetime))
-	spki, err := publicBytes(signer)
-	if err != nil {
-		return err
+	cert, err := signAuthority(template, nil, signer.Public(), signer)
+	if err == nil {
+		err = lintAuthority(a.cfg.TrustDomain, cert, cert, "")
 	}
-	template.SubjectKeyId = keyIdentifier(spki)
-	cert, err := sign(template, template, signer.Public(), signer)
 	if err != nil {
 		return fmt.Errorf("root of %s: %w", a.cfg.TrustDomain, err)
 	}
@@ -118,7 +116,7 @@ func (a *Authority) aged(i *issuer, now time.Time) bool {
 	if !a.intermediateEnd(now).After(end.Add(successorRetry)) {
 		return false
 	}
-	return now.After(end.Add(-end.Sub(i.cert.NotBefore)/4)) || now.Add(a.cfg.Lifetime).After(end)
+	return now.After(end.Add(-end.Sub(i.cert.NotBefore)/4)) || now.Add(a.cfg.longestLifetime()).After(end)
 }
 
 // intermediateEnd is when an intermediate made now ends: never after the root.
@@ -179,13 +177,15 @@ func (a *Authority) plannedIntermediate(ctx context.Context, source Source, have
 	if err != nil {
 		return record{}, err
 	}
-	spki, err := publicBytes(signer)
-	if err != nil {
-		return record{}, err
+	from := now.Add(-a.cfg.Backdate)
+	if from.Before(root.cert.NotBefore) {
+		from = root.cert.NotBefore
 	}
-	template := intermediateTemplate(a.cfg.TrustDomain, source, newSerial(), now.Add(-a.cfg.Backdate), a.intermediateEnd(now))
-	template.SubjectKeyId = keyIdentifier(spki)
-	cert, err := sign(template, root.cert, signer.Public(), root.signer)
+	template := intermediateTemplate(a.cfg.TrustDomain, source, newSerial(), from, a.intermediateEnd(now))
+	cert, err := signAuthority(template, root.cert, signer.Public(), root.signer)
+	if err == nil {
+		err = lintAuthority(a.cfg.TrustDomain, cert, root.cert, source)
+	}
 	if err != nil {
 		return record{}, fmt.Errorf("intermediate of %s: %w", source, err)
 	}

@@ -78,6 +78,9 @@ func (p Prepared) NotAfter() time.Time {
 }
 
 // Prepare decides what a request gets, or refuses it. A refusal is in the audit log when Prepare returns.
+//
+// The decision itself is pure, see decide. What is not pure comes before it: a source that has no issuer yet, or
+// one that grows old, is given one.
 func (a *Authority) Prepare(ctx context.Context, req Request) (Prepared, error) {
 	p, err := a.prepare(ctx, req)
 	if err != nil {
@@ -87,50 +90,57 @@ func (a *Authority) Prepare(ctx context.Context, req Request) (Prepared, error) 
 }
 
 func (a *Authority) prepare(ctx context.Context, req Request) (*prepared, error) {
-	s := req.Subject
-	if err := s.Check(); err != nil {
-		return nil, err
-	}
-	id, err := s.ID(a.cfg.TrustDomain)
-	if err != nil {
-		return nil, err
-	}
 	if err := a.ready(ctx); err != nil {
 		return nil, err
 	}
-	if err := a.allowed(req); err != nil {
-		return nil, err
-	}
-	csr, err := ParseCSR(req.CSR)
-	if err != nil {
-		return nil, err
-	}
-	if csr.isRSA() && !req.AllowRSA {
-		return nil, fmt.Errorf("%w: RSA key; want ECDSA on P-256", ErrRequest)
-	}
-	if err := csr.checkNames(id.String(), req.DNSNames, req.Addresses); err != nil {
-		return nil, err
-	}
-	issuer, err := a.issuerFor(ctx, s.Source)
-	if err != nil {
-		return nil, err
-	}
-	plan := leafPlan{
-		subject: s, id: id, dns: req.DNSNames, ips: req.Addresses, publicKey: csr.publicKey, spki: csr.spki,
-	}
 	now := a.cfg.Clock()
-	if plan.notBefore, plan.notAfter, err = a.validity(req, issuer, now); err != nil {
+	plan, err := a.cfg.decide(a.view.Load(), req, now)
+	if err != nil {
+		return nil, err
+	}
+	issuer, err := a.issuerFor(ctx, req.Subject.Source)
+	if err != nil {
+		return nil, err
+	}
+	if plan.notBefore, plan.notAfter, err = a.cfg.validity(a.view.Load(), req, issuer, now); err != nil {
 		return nil, err
 	}
 	return &prepared{by: a, at: now, plan: plan, issuer: issuer, audit: auditOf(req)}, nil
 }
 
-// allowed asks revocations and grants.
-func (a *Authority) allowed(req Request) error {
+// decide says what a certificate will contain, but for its validity, from what is known at that moment and from
+// nothing else: it changes nothing, and the same arguments give the same answer.
+func (c Config) decide(v *view, req Request, now time.Time) (leafPlan, error) {
 	s := req.Subject
-	if err := a.Revoked(s.Source, s.Instance); err != nil {
-		return err
+	if err := s.Check(); err != nil {
+		return leafPlan{}, err
 	}
+	id, err := s.ID(c.TrustDomain)
+	if err != nil {
+		return leafPlan{}, err
+	}
+	if err := v.revoked(s.Source, s.Instance, now); err != nil {
+		return leafPlan{}, err
+	}
+	if err := c.allowed(req); err != nil {
+		return leafPlan{}, err
+	}
+	csr, err := ParseCSR(req.CSR)
+	if err != nil {
+		return leafPlan{}, err
+	}
+	if csr.isRSA() && !req.AllowRSA {
+		return leafPlan{}, fmt.Errorf("%w: RSA key; want ECDSA on P-256", ErrRequest)
+	}
+	if err := csr.checkNames(id.String(), req.DNSNames, req.Addresses); err != nil {
+		return leafPlan{}, err
+	}
+	return leafPlan{subject: s, id: id, dns: req.DNSNames, ips: req.Addresses, publicKey: csr.publicKey, spki: csr.spki}, nil
+}
+
+// allowed asks the grants, and keeps the control service's own names for itself.
+func (c Config) allowed(req Request) error {
+	s := req.Subject
 	if s.Source == SourceMeshd {
 		if !s.reserved() {
 			return fmt.Errorf("%w: source meshd is %s/%s or %s, not %s/%s",
@@ -144,36 +154,35 @@ func (a *Authority) allowed(req Request) error {
 	if len(req.DNSNames)+len(req.Addresses) > 0 {
 		return fmt.Errorf("%w: %s gets no DNS names and addresses", ErrNotGranted, s.Source)
 	}
-	return a.Granted(s)
+	return c.granted(s)
 }
 
 // Granted says whether the source of a workload may host its identity. The error wraps ErrNotGranted.
-func (a *Authority) Granted(s Subject) error {
-	if a.cfg.Grants == nil {
+func (a *Authority) Granted(s Subject) error { return a.cfg.granted(s) }
+
+func (c Config) granted(s Subject) error {
+	if c.Grants == nil {
 		return fmt.Errorf("%w: no grants are configured", ErrNotGranted)
 	}
-	if err := a.cfg.Grants.Allows(s.Source, s.Namespace, s.ServiceAccount); err != nil {
+	if err := c.Grants.Allows(s.Source, s.Namespace, s.ServiceAccount); err != nil {
 		return fmt.Errorf("%w: %w", ErrNotGranted, err)
 	}
 	return nil
 }
 
 // validity clamps the lifetime: to what is wished, attested, configured, and left of the issuer.
-func (a *Authority) validity(req Request, i *issuer, now time.Time) (from, to time.Time, err error) {
-	longest, life := a.cfg.Lifetime, req.Lifetime
-	if req.Subject.Source == SourceMeshd && req.Subject.ServiceAccount == AdminAccount {
-		longest = a.cfg.AdminLifetime
-	}
+func (c Config) validity(v *view, req Request, i *issuer, now time.Time) (from, to time.Time, err error) {
+	longest, life := c.lifetimeOf(req.Subject), req.Lifetime
 	if life <= 0 || life > longest {
 		life = longest
 	}
-	life = max(life, a.cfg.MinLifetime)
+	life = max(life, c.MinLifetime)
 	if req.LifetimeLimit > 0 {
 		life = min(life, req.LifetimeLimit)
 	}
 	// Certificates carry whole seconds. Those from before a lifted revocation are refused; this one is after.
-	from = now.Add(-a.cfg.Backdate).Truncate(time.Second)
-	if last := a.lastRevocation(req.Subject.Source, req.Subject.Instance); !from.After(last) {
+	from = now.Add(-c.Backdate).Truncate(time.Second)
+	if last := v.lastRevocation(req.Subject.Source, req.Subject.Instance); !from.After(last) {
 		from = last.Add(time.Second)
 	}
 	if from.Before(i.cert.NotBefore) {

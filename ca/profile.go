@@ -4,8 +4,6 @@ package ca
 
 import (
 	"crypto"
-	"crypto/ecdsa"
-	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/sha256"
@@ -36,10 +34,6 @@ type leafPlan struct {
 // template is the profile of leaves: the rules of X509-SVID. The organizational unit is the source,
 // the serial number of the subject is the instance, so that a renewal and a stream know the workload.
 func (p leafPlan) template(serial *big.Int) *x509.Certificate {
-	usage := x509.KeyUsageDigitalSignature
-	if _, ok := p.publicKey.(*rsa.PublicKey); ok {
-		usage |= x509.KeyUsageKeyEncipherment
-	}
 	var ips []net.IP
 	for _, addr := range p.ips {
 		ips = append(ips, addr.AsSlice())
@@ -49,7 +43,7 @@ func (p leafPlan) template(serial *big.Int) *x509.Certificate {
 		Subject:               pkix.Name{OrganizationalUnit: []string{string(p.subject.Source)}, SerialNumber: p.subject.Instance},
 		NotBefore:             p.notBefore,
 		NotAfter:              p.notAfter,
-		KeyUsage:              usage,
+		KeyUsage:              p.keyUsage(),
 		ExtKeyUsage:           []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
 		BasicConstraintsValid: true,
 		SubjectKeyId:          keyIdentifier(p.spki),
@@ -57,6 +51,14 @@ func (p leafPlan) template(serial *big.Int) *x509.Certificate {
 		DNSNames:              p.dns,
 		IPAddresses:           ips,
 	}
+}
+
+// keyUsage adds what an RSA key is used for in TLS 1.2.
+func (p leafPlan) keyUsage() x509.KeyUsage {
+	if _, ok := p.publicKey.(*rsa.PublicKey); ok {
+		return x509.KeyUsageDigitalSignature | x509.KeyUsageKeyEncipherment
+	}
+	return x509.KeyUsageDigitalSignature
 }
 
 // rootTemplate is the profile of roots: rules.
@@ -96,6 +98,19 @@ func sign(template, parent *x509.Certificate, public any, signer crypto.Signer) 
 	return x509.ParseCertificate(der)
 }
 
+// signAuthority is sign for a root (no parent) or an intermediate, which has the identifier of its key.
+func signAuthority(template, parent *x509.Certificate, public any, signer crypto.Signer) (*x509.Certificate, error) {
+	spki, err := x509.MarshalPKIXPublicKey(public)
+	if err != nil {
+		return nil, fmt.Errorf("public key of an authority: %w", err)
+	}
+	template.SubjectKeyId = keyIdentifier(spki)
+	if parent == nil {
+		parent = template
+	}
+	return sign(template, parent, public, signer)
+}
+
 // newSerial is 128 random bits, never zero.
 func newSerial() *big.Int {
 	for {
@@ -121,43 +136,3 @@ func authorityID(cert *x509.Certificate) string { return hex.EncodeToString(cert
 
 // serialText is how serial numbers are written everywhere.
 func serialText(n *big.Int) string { return fmt.Sprintf("%032x", n) }
-
-// lint makes a chain of every profile with throwaway keys and verifies it, so that a trust domain whose
-// certificates nobody could use (an IP address, for one) is refused at the start.
-func lint(td spiffeid.TrustDomain, now time.Time) error {
-	key := func() *ecdsa.PrivateKey {
-		k, _ := ecdsa.GenerateKey(elliptic.P256(), rand.Reader) // fails for unknown curves only
-		return k
-	}
-	rootKey, issuerKey, leafKey := key(), key(), key()
-	from, to := now.Add(-time.Minute), now.Add(time.Hour)
-	template := rootTemplate(td, newSerial(), from, to)
-	root, err := sign(template, template, rootKey.Public(), rootKey)
-	if err != nil {
-		return fmt.Errorf("trust domain %q: root: %w", td, err)
-	}
-	subject := Subject{Source: "kube:lint", Instance: "lint", Namespace: "lint", ServiceAccount: "lint"}
-	issuer, err := sign(intermediateTemplate(td, subject.Source, newSerial(), from, to), root, issuerKey.Public(), rootKey)
-	if err != nil {
-		return fmt.Errorf("trust domain %q: intermediate: %w", td, err)
-	}
-	id, err := subject.ID(td)
-	if err != nil {
-		return fmt.Errorf("trust domain %q: %w", td, err)
-	}
-	spki, err := x509.MarshalPKIXPublicKey(leafKey.Public())
-	if err != nil {
-		return err
-	}
-	plan := leafPlan{subject: subject, id: id, publicKey: leafKey.Public(), spki: spki, notBefore: from, notAfter: to}
-	leaf, err := sign(plan.template(newSerial()), issuer, leafKey.Public(), issuerKey)
-	if err != nil {
-		return fmt.Errorf("trust domain %q: leaf: %w", td, err)
-	}
-	pool := x509.NewCertPool()
-	pool.AddCert(root)
-	if _, err := VerifyChain(td, pool, now, []*x509.Certificate{leaf, issuer}); err != nil {
-		return fmt.Errorf("trust domain %q cannot be used in certificates: %w", td, err)
-	}
-	return nil
-}

@@ -143,17 +143,17 @@ func (a *Authority) tryRevocation(ctx context.Context, want Revocation) (done bo
 // Revoked reports why nothing may be issued or served to the instance of the source now; nil if nothing speaks
 // against it. The error wraps ErrRevoked. It asks memory only.
 func (a *Authority) Revoked(source Source, instance string) error {
-	return a.revokedSince(source, instance, a.cfg.Clock())
+	return a.view.Load().revoked(source, instance, a.cfg.Clock())
 }
 
 // RevokedIdentity is Revoked for the holder of a certificate: one from before a revocation stays refused even
 // when its subject was let in again.
 func (a *Authority) RevokedIdentity(id Identity) error {
-	return a.revokedSince(id.Source, id.Instance, id.NotBefore)
+	return a.view.Load().revoked(id.Source, id.Instance, id.NotBefore)
 }
 
-func (a *Authority) revokedSince(source Source, instance string, notBefore time.Time) error {
-	v := a.view.Load()
+// revoked says why a certificate that is valid from notBefore is refused.
+func (v *view) revoked(source Source, instance string, notBefore time.Time) error {
 	for _, key := range []string{revocationKey(source, ""), revocationKey(source, instance)} {
 		r, ok := v.revocations[key]
 		if !ok || !r.covers(notBefore) {
@@ -168,8 +168,7 @@ func (a *Authority) revokedSince(source Source, instance string, notBefore time.
 }
 
 // lastRevocation is the latest moment whose certificates are refused for the subject; zero if none are.
-func (a *Authority) lastRevocation(source Source, instance string) time.Time {
-	v := a.view.Load()
+func (v *view) lastRevocation(source Source, instance string) time.Time {
 	own, whole := v.revocations[revocationKey(source, instance)].At, v.revocations[revocationKey(source, "")].At
 	if whole.After(own) {
 		return whole

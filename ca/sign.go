@@ -8,6 +8,7 @@ import (
 	"crypto/rsa"
 	"crypto/x509"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"time"
 )
@@ -56,6 +57,11 @@ func (a *Authority) Sign(_ context.Context, token Prepared) (Issued, error) {
 	leaf, err := sign(p.plan.template(serial), p.issuer.cert, p.plan.publicKey, p.issuer.signer)
 	if err != nil {
 		return Issued{}, fmt.Errorf("sign for %s: %w", p.plan.id, err)
+	}
+	if err := p.plan.lint(leaf, p.issuer.cert); err != nil { // a bug here must not become a certificate there
+		a.cfg.Log.Error("a certificate was thrown away", "serial", serialText(serial), "error", err)
+		entry.Event, entry.Serial, entry.Reason = AuditRefused, serialText(serial), err.Error()
+		return Issued{}, errors.Join(err, a.cfg.Audit.Append(entry))
 	}
 	entry.Event, entry.Serial = AuditIssued, serialText(serial)
 	entry.Authority, entry.Epoch = p.issuer.id, p.issuer.epoch

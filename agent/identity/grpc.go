@@ -33,8 +33,8 @@ type GRPC struct {
 	TokenFile string
 	// Roots returns the PEM bundle to verify the service with.
 	Roots func() []byte
-	// Lifetime is what is asked for; zero means 24 hours. The service may
-	// give less.
+	// Lifetime is what is asked for; zero leaves it to the service, which may
+	// give less anyhow.
 	Lifetime time.Duration
 	// Cluster is sent as a hint (header ClusterID), which the service does not
 	// believe but uses to look in the right place first.
@@ -112,13 +112,9 @@ func (g *GRPC) call(ctx context.Context, csr []byte, cert *tls.Certificate, toke
 	if g.Cluster != "" {
 		ctx = metadata.AppendToOutgoingContext(ctx, "clusterid", g.Cluster)
 	}
-	lifetime := g.Lifetime
-	if lifetime == 0 {
-		lifetime = 24 * time.Hour
-	}
 	answer, err := securityv1alpha1.NewIstioCertificateServiceClient(conn).CreateCertificate(ctx, &securityv1alpha1.IstioCertificateRequest{
 		Csr:              string(csr),
-		ValidityDuration: int64(lifetime / time.Second),
+		ValidityDuration: int64(g.Lifetime / time.Second),
 	})
 	if err != nil {
 		by := "token"

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
@@ -17,6 +18,7 @@ import (
 	"github.com/spf13/pflag"
 	"sigs.k8s.io/yaml"
 
+	"github.com/isthmus-mesh/isthmus/ca"
 	"github.com/isthmus-mesh/isthmus/federation"
 	"github.com/isthmus-mesh/isthmus/xds"
 )
@@ -80,6 +82,9 @@ type Configuration struct {
 
 	// CertificateLifetime of workloads; 24h if empty.
 	CertificateLifetime Duration `json:"certificateLifetime,omitzero"`
+
+	// CertificateLifetimes is the same for the workloads of some namespaces, by name.
+	CertificateLifetimes Lifetimes `json:"certificateLifetimes,omitempty"`
 }
 
 // EtcdConfiguration is an etcd cluster of your own.
@@ -118,6 +123,40 @@ func (d *Duration) UnmarshalText(text []byte) error {
 // MarshalText implements encoding.TextMarshaler.
 func (d Duration) MarshalText() ([]byte, error) { return []byte(time.Duration(d).String()), nil }
 
+// Lifetimes are durations by namespace, on the command line as "payments=1h,batch=10m".
+type Lifetimes map[string]Duration
+
+// Set implements pflag.Value: it adds to what is there.
+func (l *Lifetimes) Set(text string) error {
+	if *l == nil {
+		*l = Lifetimes{}
+	}
+	for part := range strings.SplitSeq(text, ",") {
+		namespace, life, ok := strings.Cut(part, "=")
+		var d Duration
+		if !ok || namespace == "" {
+			return fmt.Errorf("%q: want NAMESPACE=DURATION, for example payments=1h", part)
+		}
+		if err := d.UnmarshalText([]byte(life)); err != nil {
+			return err
+		}
+		(*l)[namespace] = d
+	}
+	return nil
+}
+
+// String implements pflag.Value.
+func (l *Lifetimes) String() string {
+	var parts []string
+	for _, namespace := range slices.Sorted(maps.Keys(*l)) {
+		parts = append(parts, namespace+"="+time.Duration((*l)[namespace]).String())
+	}
+	return strings.Join(parts, ",")
+}
+
+// Type implements pflag.Value.
+func (l *Lifetimes) Type() string { return "NAMESPACE=DURATION" }
+
 const (
 	configVersion = "config.isthmus-mesh.io/v1alpha1"
 	configKind    = "ServerConfiguration"
@@ -155,7 +194,8 @@ func (f *flagValues) add(fs *pflag.FlagSet) {
 	fs.StringVar(&c.EnvoyProgram, "envoy-program", "", "Envoy for machines that onboard (default: none, they bring their own)")
 	fs.StringVar(&c.VirtualIPv4, "virtual-ipv4", federation.VirtualV4.String(), "range of virtual addresses; it cannot be changed while some are in use")
 	fs.StringVar(&c.VirtualIPv6, "virtual-ipv6", federation.VirtualV6.String(), "range of virtual addresses; it cannot be changed while some are in use")
-	fs.DurationVar((*time.Duration)(&c.CertificateLifetime), "certificate-lifetime", 24*time.Hour, "of workloads' certificates")
+	fs.DurationVar((*time.Duration)(&c.CertificateLifetime), "certificate-lifetime", 24*time.Hour, "of workloads' certificates, 5m to 168h")
+	fs.Var(&c.CertificateLifetimes, "certificate-lifetime-of", "the same for the workloads of one namespace; repeatable")
 }
 
 // configuration is what meshd runs with.
@@ -248,10 +288,32 @@ func (c *Configuration) validate() error {
 	if _, err := c.virtual(); err != nil {
 		return err
 	}
-	if d := time.Duration(c.CertificateLifetime); d < 5*time.Minute || d > 7*24*time.Hour {
-		return fmt.Errorf("--certificate-lifetime %v: want 5m to 168h", d)
+	return c.validateLifetimes()
+}
+
+// validateLifetimes is validate for the lifetimes of certificates.
+func (c *Configuration) validateLifetimes() error {
+	bad := func(d Duration) bool {
+		return time.Duration(d) < ca.DefaultMinLifetime || time.Duration(d) > ca.MaxLifetime
+	}
+	if bad(c.CertificateLifetime) {
+		return fmt.Errorf("--certificate-lifetime %v: want 5m to 168h", time.Duration(c.CertificateLifetime))
+	}
+	for _, namespace := range slices.Sorted(maps.Keys(c.CertificateLifetimes)) {
+		if d := c.CertificateLifetimes[namespace]; bad(d) {
+			return fmt.Errorf("--certificate-lifetime-of %s=%v: want 5m to 168h", namespace, time.Duration(d))
+		}
 	}
 	return nil
+}
+
+// lifetimes is what the authority is told about namespaces.
+func (c *Configuration) lifetimes() map[string]time.Duration {
+	out := make(map[string]time.Duration, len(c.CertificateLifetimes))
+	for namespace, d := range c.CertificateLifetimes {
+		out[namespace] = time.Duration(d)
+	}
+	return out
 }
 
 // validateReplica is validate for what tells this replica from others.

@@ -107,7 +107,7 @@ func (d *daemon) openAuthority(ctx context.Context) (err error) {
 	who := members{d.store}
 	d.authority, err = ca.Open(ctx, ca.Config{
 		TrustDomain: trustDomain, State: state, Sealer: d.sealer, Audit: d.audit, Grants: who,
-		Lifetime: time.Duration(d.config.CertificateLifetime), Log: d.log.With("component", "ca"),
+		Lifetime: time.Duration(d.config.CertificateLifetime), Lifetimes: d.config.lifetimes(), Log: d.log.With("component", "ca"),
 	})
 	if err != nil {
 		return err
