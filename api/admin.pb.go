@@ -4412,7 +4412,7 @@ var File_admin_proto protoreflect.FileDescriptor
 const file_admin_proto_rawDesc = "" +
 	"\n" +
 	"\vadmin.proto\x12\n" +
-	"isthmus.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf9\x01\n" +
+	"isthmus.v1\x1a\x0fauthority.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf9\x01\n" +
 	"\bMetadata\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
 	"\tnamespace\x18\x02 \x01(\tR\tnamespace\x12\x10\n" +
@@ -4786,7 +4786,8 @@ const file_admin_proto_rawDesc = "" +
 	"\x06object\x18\x04 \x01(\tR\x06object\x12\x16\n" +
 	"\x06result\x18\x05 \x01(\tR\x06result\x12\x18\n" +
 	"\amessage\x18\x06 \x01(\tR\amessage\x12\x18\n" +
-	"\areplica\x18\a \x01(\tR\areplica2\xde\t\n" +
+	"\areplica\x18\a \x01(\tR\areplica2\xfd\n" +
+	"\n" +
 	"\x05Admin\x12F\n" +
 	"\n" +
 	"GetVersion\x12\x1d.isthmus.v1.GetVersionRequest\x1a\x19.isthmus.v1.VersionReport\x12H\n" +
@@ -4810,7 +4811,9 @@ const file_admin_proto_rawDesc = "" +
 	"\aListVMs\x12\x1a.isthmus.v1.ListVMsRequest\x1a\x12.isthmus.v1.VMList\x12K\n" +
 	"\n" +
 	"OffboardVM\x12\x1d.isthmus.v1.OffboardVMRequest\x1a\x1e.isthmus.v1.OffboardVMResponse\x12G\n" +
-	"\fTailActivity\x12\x1f.isthmus.v1.TailActivityRequest\x1a\x14.isthmus.v1.Activity0\x01B%Z#github.com/isthmus-mesh/isthmus/apib\x06proto3"
+	"\fTailActivity\x12\x1f.isthmus.v1.TailActivityRequest\x1a\x14.isthmus.v1.Activity0\x01\x12O\n" +
+	"\x0eVerifyActivity\x12!.isthmus.v1.VerifyActivityRequest\x1a\x1a.isthmus.v1.ActivityReport\x12L\n" +
+	"\fGetAuthority\x12\x1f.isthmus.v1.GetAuthorityRequest\x1a\x1b.isthmus.v1.AuthorityReportB%Z#github.com/isthmus-mesh/isthmus/apib\x06proto3"
 
 var (
 	file_admin_proto_rawDescOnce sync.Once
@@ -4887,6 +4890,10 @@ var file_admin_proto_goTypes = []any{
 	nil,                              // 58: isthmus.v1.MemberVersion.ProxiesEntry
 	(*timestamppb.Timestamp)(nil),    // 59: google.protobuf.Timestamp
 	(*durationpb.Duration)(nil),      // 60: google.protobuf.Duration
+	(*VerifyActivityRequest)(nil),    // 61: isthmus.v1.VerifyActivityRequest
+	(*GetAuthorityRequest)(nil),      // 62: isthmus.v1.GetAuthorityRequest
+	(*ActivityReport)(nil),           // 63: isthmus.v1.ActivityReport
+	(*AuthorityReport)(nil),          // 64: isthmus.v1.AuthorityReport
 }
 var file_admin_proto_depIdxs = []int32{
 	59, // 0: isthmus.v1.Metadata.created:type_name -> google.protobuf.Timestamp
@@ -4974,25 +4981,29 @@ var file_admin_proto_depIdxs = []int32{
 	51, // 82: isthmus.v1.Admin.ListVMs:input_type -> isthmus.v1.ListVMsRequest
 	53, // 83: isthmus.v1.Admin.OffboardVM:input_type -> isthmus.v1.OffboardVMRequest
 	55, // 84: isthmus.v1.Admin.TailActivity:input_type -> isthmus.v1.TailActivityRequest
-	5,  // 85: isthmus.v1.Admin.GetVersion:output_type -> isthmus.v1.VersionReport
-	15, // 86: isthmus.v1.Admin.ListClusters:output_type -> isthmus.v1.ClusterList
-	8,  // 87: isthmus.v1.Admin.GetCluster:output_type -> isthmus.v1.Cluster
-	18, // 88: isthmus.v1.Admin.RegisterCluster:output_type -> isthmus.v1.RegisterClusterResponse
-	20, // 89: isthmus.v1.Admin.DescribeDeparture:output_type -> isthmus.v1.Departure
-	3,  // 90: isthmus.v1.Admin.RemoveCluster:output_type -> isthmus.v1.Progress
-	23, // 91: isthmus.v1.Admin.CheckReach:output_type -> isthmus.v1.ReachReport
-	25, // 92: isthmus.v1.Admin.ProbePaths:output_type -> isthmus.v1.PathReport
-	28, // 93: isthmus.v1.Admin.ListServices:output_type -> isthmus.v1.ServiceList
-	33, // 94: isthmus.v1.Admin.ListEndpoints:output_type -> isthmus.v1.EndpointList
-	36, // 95: isthmus.v1.Admin.ListProxies:output_type -> isthmus.v1.ProxyList
-	40, // 96: isthmus.v1.Admin.ListConfig:output_type -> isthmus.v1.ConfigObjectList
-	43, // 97: isthmus.v1.Admin.Check:output_type -> isthmus.v1.CheckReport
-	50, // 98: isthmus.v1.Admin.OnboardVM:output_type -> isthmus.v1.OnboardVMResponse
-	52, // 99: isthmus.v1.Admin.ListVMs:output_type -> isthmus.v1.VMList
-	54, // 100: isthmus.v1.Admin.OffboardVM:output_type -> isthmus.v1.OffboardVMResponse
-	56, // 101: isthmus.v1.Admin.TailActivity:output_type -> isthmus.v1.Activity
-	85, // [85:102] is the sub-list for method output_type
-	68, // [68:85] is the sub-list for method input_type
+	61, // 85: isthmus.v1.Admin.VerifyActivity:input_type -> isthmus.v1.VerifyActivityRequest
+	62, // 86: isthmus.v1.Admin.GetAuthority:input_type -> isthmus.v1.GetAuthorityRequest
+	5,  // 87: isthmus.v1.Admin.GetVersion:output_type -> isthmus.v1.VersionReport
+	15, // 88: isthmus.v1.Admin.ListClusters:output_type -> isthmus.v1.ClusterList
+	8,  // 89: isthmus.v1.Admin.GetCluster:output_type -> isthmus.v1.Cluster
+	18, // 90: isthmus.v1.Admin.RegisterCluster:output_type -> isthmus.v1.RegisterClusterResponse
+	20, // 91: isthmus.v1.Admin.DescribeDeparture:output_type -> isthmus.v1.Departure
+	3,  // 92: isthmus.v1.Admin.RemoveCluster:output_type -> isthmus.v1.Progress
+	23, // 93: isthmus.v1.Admin.CheckReach:output_type -> isthmus.v1.ReachReport
+	25, // 94: isthmus.v1.Admin.ProbePaths:output_type -> isthmus.v1.PathReport
+	28, // 95: isthmus.v1.Admin.ListServices:output_type -> isthmus.v1.ServiceList
+	33, // 96: isthmus.v1.Admin.ListEndpoints:output_type -> isthmus.v1.EndpointList
+	36, // 97: isthmus.v1.Admin.ListProxies:output_type -> isthmus.v1.ProxyList
+	40, // 98: isthmus.v1.Admin.ListConfig:output_type -> isthmus.v1.ConfigObjectList
+	43, // 99: isthmus.v1.Admin.Check:output_type -> isthmus.v1.CheckReport
+	50, // 100: isthmus.v1.Admin.OnboardVM:output_type -> isthmus.v1.OnboardVMResponse
+	52, // 101: isthmus.v1.Admin.ListVMs:output_type -> isthmus.v1.VMList
+	54, // 102: isthmus.v1.Admin.OffboardVM:output_type -> isthmus.v1.OffboardVMResponse
+	56, // 103: isthmus.v1.Admin.TailActivity:output_type -> isthmus.v1.Activity
+	63, // 104: isthmus.v1.Admin.VerifyActivity:output_type -> isthmus.v1.ActivityReport
+	64, // 105: isthmus.v1.Admin.GetAuthority:output_type -> isthmus.v1.AuthorityReport
+	87, // [87:106] is the sub-list for method output_type
+	68, // [68:87] is the sub-list for method input_type
 	68, // [68:68] is the sub-list for extension type_name
 	68, // [68:68] is the sub-list for extension extendee
 	0,  // [0:68] is the sub-list for field type_name
@@ -5003,6 +5014,7 @@ func file_admin_proto_init() {
 	if File_admin_proto != nil {
 		return
 	}
+	file_authority_proto_init()
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{

@@ -38,6 +38,8 @@ const (
 	Admin_ListVMs_FullMethodName           = "/isthmus.v1.Admin/ListVMs"
 	Admin_OffboardVM_FullMethodName        = "/isthmus.v1.Admin/OffboardVM"
 	Admin_TailActivity_FullMethodName      = "/isthmus.v1.Admin/TailActivity"
+	Admin_VerifyActivity_FullMethodName    = "/isthmus.v1.Admin/VerifyActivity"
+	Admin_GetAuthority_FullMethodName      = "/isthmus.v1.Admin/GetAuthority"
 )
 
 // AdminClient is the client API for Admin service.
@@ -93,6 +95,11 @@ type AdminClient interface {
 	// TailActivity streams the audit records, oldest first; with follow it goes on
 	// as new ones are written.
 	TailActivity(ctx context.Context, in *TailActivityRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Activity], error)
+	// VerifyActivity reads the audit logs of all replicas from their beginning, and
+	// compares them with the heads that are kept in the store.
+	VerifyActivity(ctx context.Context, in *VerifyActivityRequest, opts ...grpc.CallOption) (*ActivityReport, error)
+	// GetAuthority describes the certificate authority.
+	GetAuthority(ctx context.Context, in *GetAuthorityRequest, opts ...grpc.CallOption) (*AuthorityReport, error)
 }
 
 type adminClient struct {
@@ -291,6 +298,26 @@ func (c *adminClient) TailActivity(ctx context.Context, in *TailActivityRequest,
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Admin_TailActivityClient = grpc.ServerStreamingClient[Activity]
 
+func (c *adminClient) VerifyActivity(ctx context.Context, in *VerifyActivityRequest, opts ...grpc.CallOption) (*ActivityReport, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ActivityReport)
+	err := c.cc.Invoke(ctx, Admin_VerifyActivity_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) GetAuthority(ctx context.Context, in *GetAuthorityRequest, opts ...grpc.CallOption) (*AuthorityReport, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(AuthorityReport)
+	err := c.cc.Invoke(ctx, Admin_GetAuthority_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AdminServer is the server API for Admin service.
 // All implementations must embed UnimplementedAdminServer
 // for forward compatibility.
@@ -344,6 +371,11 @@ type AdminServer interface {
 	// TailActivity streams the audit records, oldest first; with follow it goes on
 	// as new ones are written.
 	TailActivity(*TailActivityRequest, grpc.ServerStreamingServer[Activity]) error
+	// VerifyActivity reads the audit logs of all replicas from their beginning, and
+	// compares them with the heads that are kept in the store.
+	VerifyActivity(context.Context, *VerifyActivityRequest) (*ActivityReport, error)
+	// GetAuthority describes the certificate authority.
+	GetAuthority(context.Context, *GetAuthorityRequest) (*AuthorityReport, error)
 	mustEmbedUnimplementedAdminServer()
 }
 
@@ -404,6 +436,12 @@ func (UnimplementedAdminServer) OffboardVM(context.Context, *OffboardVMRequest) 
 }
 func (UnimplementedAdminServer) TailActivity(*TailActivityRequest, grpc.ServerStreamingServer[Activity]) error {
 	return status.Error(codes.Unimplemented, "method TailActivity not implemented")
+}
+func (UnimplementedAdminServer) VerifyActivity(context.Context, *VerifyActivityRequest) (*ActivityReport, error) {
+	return nil, status.Error(codes.Unimplemented, "method VerifyActivity not implemented")
+}
+func (UnimplementedAdminServer) GetAuthority(context.Context, *GetAuthorityRequest) (*AuthorityReport, error) {
+	return nil, status.Error(codes.Unimplemented, "method GetAuthority not implemented")
 }
 func (UnimplementedAdminServer) mustEmbedUnimplementedAdminServer() {}
 func (UnimplementedAdminServer) testEmbeddedByValue()               {}
@@ -718,6 +756,42 @@ func _Admin_TailActivity_Handler(srv interface{}, stream grpc.ServerStream) erro
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Admin_TailActivityServer = grpc.ServerStreamingServer[Activity]
 
+func _Admin_VerifyActivity_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(VerifyActivityRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).VerifyActivity(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_VerifyActivity_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).VerifyActivity(ctx, req.(*VerifyActivityRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_GetAuthority_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(GetAuthorityRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).GetAuthority(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_GetAuthority_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).GetAuthority(ctx, req.(*GetAuthorityRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Admin_ServiceDesc is the grpc.ServiceDesc for Admin service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -784,6 +858,14 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "OffboardVM",
 			Handler:    _Admin_OffboardVM_Handler,
+		},
+		{
+			MethodName: "VerifyActivity",
+			Handler:    _Admin_VerifyActivity_Handler,
+		},
+		{
+			MethodName: "GetAuthority",
+			Handler:    _Admin_GetAuthority_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

@@ -63,6 +63,8 @@ const (
 	ConfigIgnored        Code = "MESH5004"
 	AuthorityMissing     Code = "MESH6001"
 	CertificateExpiring  Code = "MESH6002"
+	AuditNotWritable     Code = "MESH6003"
+	AuditChanged         Code = "MESH6004"
 	StoreUnreadable      Code = "MESH7001"
 	ValuesQuarantined    Code = "MESH7002"
 	StoreNearlyFull      Code = "MESH7003"
@@ -339,6 +341,16 @@ var explanations = map[Code]Explanation{
 		Title:   "a certificate of the mesh ends soon",
 		Meaning: "An authority or meshd's own certificate has less than a tenth of its life left.",
 		Remedy:  "Look at meshd's log for why it is not renewed.",
+	},
+	AuditNotWritable: {
+		Title:   "the audit log cannot be written",
+		Meaning: "Nothing is issued, renewed or changed without a line in the log: this replica refuses all of it. Certificates that are out work until they end.",
+		Remedy:  "The message has the reason; usually the disk of meshd's data directory is full. It goes on by itself once there is room.",
+	},
+	AuditChanged: {
+		Title:   "the audit log was changed behind meshd's back",
+		Meaning: "It is not the log whose head was kept in the store: somebody shortened or rewrote it, or put an older copy back. Its head is not kept any more, so that the evidence stays.",
+		Remedy:  "Run mesh activity verify, keep a copy of audit.jsonl, find out who could write to it; then move it away and restart meshd, which begins a new one.",
 	},
 	StoreUnreadable: {
 		Title:   "meshd cannot read its store",

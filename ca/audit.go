@@ -328,6 +328,19 @@ func VerifyAudit(r io.Reader) (AuditHead, error) {
 	return ReadAudit(r, func(AuditEntry) error { return nil })
 }
 
+// IdentifyAudit reads the beginning of a log and gives what AuditLog.ID gave for it.
+func IdentifyAudit(r io.Reader) (string, error) {
+	line, err := bufio.NewReaderSize(io.LimitReader(r, maxAuditLine), maxAuditLine).ReadBytes('\n')
+	if err != nil && !errors.Is(err, io.EOF) {
+		return "", err
+	}
+	_, hash, err := parseAuditLine(bytes.TrimSuffix(line, []byte("\n")))
+	if err != nil {
+		return "", fmt.Errorf("audit line 1: %w", err)
+	}
+	return hash, nil
+}
+
 // CheckAudit is VerifyAudit for a log whose heads were kept elsewhere: it also notices a log that was cut short,
 // or written anew from its beginning. The marks are in order.
 func CheckAudit(r io.Reader, marks []AuditMark) (AuditHead, error) {

@@ -137,7 +137,7 @@ func (c *checking) checkTrust() []*api.Finding {
 	if !earliest.IsZero() {
 		out = append(out, good("earliest end of an authority in %dd", int(earliest.Sub(now).Hours()/24)))
 	}
-	return out
+	return append(out, c.checkAudit()...)
 }
 
 // checkClusters looks at the conditions of the members.

@@ -42,6 +42,8 @@ func (s *Server) mux() http.Handler {
 		"POST /api/v1/vms":                      unary(s.OnboardVM),
 		"DELETE /api/v1/vms/{name}":             unary(s.OffboardVM, "name"),
 		"GET /api/v1/activity":                  streaming(s.TailActivity),
+		"GET /api/v1/activity/verification":     unary(s.VerifyActivity),
+		"GET /api/v1/authority":                 unary(s.GetAuthority),
 	} {
 		admin.HandleFunc(pattern, handler)
 	}

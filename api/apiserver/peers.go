@@ -108,7 +108,11 @@ func (g *PeerGroup) tls() *tls.Config {
 
 // ask calls every replica at once and leaves out those that fail.
 func ask[A any](ctx context.Context, g *PeerGroup, what string, call func(context.Context, api.AdminClient) (A, error)) []A {
-	ctx, cancel := context.WithTimeout(ctx, peerTimeout)
+	return askWithin(ctx, g, peerTimeout, what, call)
+}
+
+func askWithin[A any](ctx context.Context, g *PeerGroup, limit time.Duration, what string, call func(context.Context, api.AdminClient) (A, error)) []A {
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	var (
 		mu      sync.Mutex
@@ -160,6 +164,17 @@ func (g *PeerGroup) Paths(ctx context.Context, cluster string) []*api.Path {
 		return c.ProbePaths(ctx, &api.ProbePathsRequest{Cluster: cluster})
 	}) {
 		out = append(out, report.GetPaths()...)
+	}
+	return out
+}
+
+// Activity implements Peers.
+func (g *PeerGroup) Activity(ctx context.Context) []*api.AuditLog {
+	var out []*api.AuditLog
+	for _, report := range askWithin(ctx, g, verifyTimeout, "VerifyActivity", func(ctx context.Context, c api.AdminClient) (*api.ActivityReport, error) {
+		return c.VerifyActivity(ctx, &api.VerifyActivityRequest{})
+	}) {
+		out = append(out, report.GetLogs()...)
 	}
 	return out
 }

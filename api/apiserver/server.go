@@ -42,6 +42,8 @@ type Authority interface {
 	Revoke(ctx context.Context, source ca.Source, instance, reason string) error
 	Reinstate(ctx context.Context, source ca.Source, instance, reason string) error
 	Changed() <-chan struct{}
+	// Confirmed is when the authorities were last read from the store.
+	Confirmed() time.Time
 }
 
 // Authenticator finds out who calls on the port of ADS; *attest.Attestor is one.
@@ -78,6 +80,7 @@ type Peers interface {
 	Proxies(ctx context.Context) []*api.Proxy
 	Clusters(ctx context.Context) []*api.Cluster
 	Paths(ctx context.Context, cluster string) []*api.Path
+	Activity(ctx context.Context) []*api.AuditLog
 }
 
 // HealthCheck is one of the conditions of meshd's own readiness.
@@ -97,6 +100,11 @@ type Config struct {
 	// AuditPath is the file of this replica's audit log, for TailActivity; empty
 	// means that there is none.
 	AuditPath string
+
+	// AuditLog is what Audit writes to, for VerifyActivity, and Checkpoints has the
+	// heads of all replicas' logs; optional.
+	AuditLog    AuditLog
+	Checkpoints Checkpoints
 
 	// Optional: without Sources ages and lags are unknown, without Proxies there
 	// are none, without Peers this replica is the only one.

@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"math"
 	"runtime/debug"
+	"syscall"
 	"time"
 
 	"github.com/isthmus-mesh/isthmus/ca"
@@ -165,6 +166,9 @@ func (s *Server) refuseStranger(req ca.Request, cause error) error {
 // status says outwards what helps an honest caller, and no more.
 func (s *Server) status(err error) error {
 	switch {
+	case errors.Is(err, ca.ErrAudit) && errors.Is(err, syscall.ENOSPC):
+		s.cfg.Log.Error("nothing is issued: the disk of the audit log is full", "error", err)
+		return status.Error(codes.Unavailable, "the disk of meshd's audit log is full, so nothing is issued; make room in its data directory")
 	case errors.Is(err, ca.ErrAudit):
 		s.cfg.Log.Error("nothing is issued", "error", err)
 		return status.Error(codes.Unavailable, "the audit log cannot be written, so nothing is issued; see meshd's log")

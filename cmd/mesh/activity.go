@@ -31,6 +31,7 @@ func (s *session) activityCommand() *cobra.Command {
 	cmd.Flags().StringVarP(&s.output, "output", "o", "table", "output: table or json (one record a line)")
 	cmd.Flags().DurationVar(&since, "since", time.Hour, "only what is younger")
 	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "go on as records are written")
+	cmd.AddCommand(s.activityVerifyCommand())
 	return cmd
 }
 

@@ -107,7 +107,7 @@ func (s *session) root() *cobra.Command {
 	)
 	for group, children := range map[string][]*cobra.Command{
 		"members":   {s.joinCommand(), s.leaveCommand(), s.vmCommand()},
-		"look":      {s.clustersCommand(), s.servicesCommand(), s.endpointsCommand(), s.proxiesCommand(), s.configCommand(), s.checkCommand(), s.activityCommand(), s.explainCommand()},
+		"look":      {s.clustersCommand(), s.servicesCommand(), s.endpointsCommand(), s.proxiesCommand(), s.configCommand(), s.checkCommand(), s.activityCommand(), s.caCommand(), s.explainCommand()},
 		"workloads": {s.injectCommand()},
 		"":          {s.versionCommand(), s.docsCommand()},
 	} {

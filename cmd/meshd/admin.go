@@ -26,7 +26,8 @@ func (d *daemon) wireAdmin(context.Context) (err error) {
 	d.wirePeers()
 	d.admin, err = apiserver.New(apiserver.Config{
 		Store: d.store, Authority: d.authority, Authenticator: d.attestor, Tokens: d.tokens,
-		Audit: d.audit, AuditPath: d.config.path("audit.jsonl"), Sources: d.runner, Proxies: d.streams,
+		Audit: d.audit, AuditPath: d.config.path("audit.jsonl"), AuditLog: d.audit, Checkpoints: d.heads,
+		Sources: d.runner, Proxies: d.streams,
 		Findings: d.pipeline.Findings, Certificate: d.serving.Certificate,
 		Virtual: ranges, CaptureTo: []string{ranges.V4.String(), ranges.V6.String()},
 		Advertised: d.config.Advertise, AdminAddress: d.config.adminAddresses()[0],

@@ -229,6 +229,7 @@ func (f *flagValues) read(fs *pflag.FlagSet) (Configuration, error) {
 // parseConfiguration reads a file over the defaults.
 func parseConfiguration(text []byte, defaults Configuration) (Configuration, error) {
 	c := defaults
+	c.CertificateLifetimes = maps.Clone(defaults.CertificateLifetimes) // the flags' own must stay what was given
 	if err := yaml.UnmarshalStrict(text, &c); err != nil {
 		return c, err
 	}

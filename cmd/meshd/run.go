@@ -43,6 +43,7 @@ type daemon struct {
 	sealer    *ca.FileSealer
 	store     *etcd.Store
 	audit     *ca.AuditLog
+	heads     *ca.Checkpoints
 	authority *ca.Authority
 	attestor  *attest.Attestor
 	tokens    *caetcd.Tokens

@@ -100,10 +100,9 @@ func (d *daemon) openAuthority(ctx context.Context) (err error) {
 	if d.tokens, err = caetcd.NewTokens(d.database.Client(), d.config.Etcd.Prefix+"ca/", nil); err != nil {
 		return err
 	}
-	if d.audit, err = ca.OpenAudit(d.config.path("audit.jsonl"), d.replica, nil); err != nil {
+	if err := d.openAudit(); err != nil {
 		return err
 	}
-	d.run("audit", d.audit.Run)
 	who := members{d.store}
 	d.authority, err = ca.Open(ctx, ca.Config{
 		TrustDomain: trustDomain, State: state, Sealer: d.sealer, Audit: d.audit, Grants: who,
@@ -126,6 +125,22 @@ func (d *daemon) openAuthority(ctx context.Context) (err error) {
 	}
 	d.run("own certificate", d.serving.Run)
 	return d.writeAdmin(ctx)
+}
+
+// openAudit opens this replica's audit log, whose head is kept in etcd.
+func (d *daemon) openAudit() (err error) {
+	if d.audit, err = ca.OpenAudit(d.config.path("audit.jsonl"), d.replica, nil); err != nil {
+		return err
+	}
+	// Apart from the authorities, which read all of theirs anew whenever one value changes.
+	state, err := caetcd.NewState(d.database.Client(), d.config.Etcd.Prefix+"audit/")
+	if err != nil {
+		return err
+	}
+	d.heads = &ca.Checkpoints{State: state, Sealer: d.sealer, Replica: d.replica, Audit: d.audit, Log: d.log.With("component", "audit")}
+	d.run("audit", d.audit.Run)
+	d.run("heads of the audit log", d.heads.Run)
+	return nil
 }
 
 func (d *daemon) writeAdmin(ctx context.Context) error {
