@@ -46,7 +46,20 @@ func TestAttackA36EditedAuditLog(t *testing.T) {
 	if err != nil || got != head || head.Sequence != 4 {
 		t.Fatalf("VerifyAudit = %+v, %v; want %+v", got, err, head)
 	}
+	otherPath := filepath.Join(t.TempDir(), "audit.jsonl")
+	other := openAudit(t, otherPath)
+	defer other.Close()
+	for range 3 {
+		if err := other.Append(ca.AuditEntry{Event: ca.AuditIssued}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	foreign, err := os.ReadFile(otherPath)
+	if err != nil {
+		t.Fatal(err)
+	}
 	for name, forged := range map[string]string{
+		"spliced":     lines[0] + lines[1] + strings.SplitAfter(string(foreign), "\n")[2] + lines[3],
 		"edited":      strings.Replace(string(text), `"instance":"b"`, `"instance":"x"`, 1),
 		"removed":     lines[0] + lines[1] + lines[3],
 		"beheaded":    lines[1] + lines[2] + lines[3],

@@ -243,7 +243,7 @@ func TestAttackA22OversizedRequest(t *testing.T) {
 	for name, csr := range map[string][]byte{
 		"empty":                    {},
 		"garbage":                  []byte("hello"),
-		"too long":                 append(slices.Clone(good), make([]byte, ca.MaxCSR)...),
+		"too long":                 catest.CSR(t, catest.Key(t), &x509.CertificateRequest{Subject: pkix.Name{CommonName: strings.Repeat("a", ca.MaxCSR)}}),
 		"two blocks":               append(slices.Clone(good), good...),
 		"a certificate":            pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: block.Bytes}),
 		"broken PEM":               good[:len(good)-20],

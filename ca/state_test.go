@@ -513,3 +513,40 @@ func TestRunFollowsTheState(t *testing.T) {
 		}
 	})
 }
+
+// A38: a fleet that got its certificates at the same moment does not renew them at the same moment.
+func TestAttackA38RenewalsAreSpread(t *testing.T) {
+	t.Parallel()
+	c := catest.New(t)
+	var first, last time.Time
+	var life time.Duration
+	seen := map[time.Time]int{}
+	const leaves = 200
+	csr := catest.CSR(t, catest.Key(t), nil)
+	for range leaves {
+		issued, err := c.Issue(t.Context(), ca.Request{Subject: reviews, CSR: csr})
+		if err != nil {
+			t.Fatal(err)
+		}
+		at := ca.RenewAt(issued.Leaf)
+		if again := ca.RenewAt(issued.Leaf); !again.Equal(at) {
+			t.Fatalf("drawn anew: %v, then %v", at, again)
+		}
+		life = issued.Leaf.NotAfter.Sub(issued.Leaf.NotBefore)
+		seen[at.Truncate(life/1000)]++
+		if first.IsZero() || at.Before(first) {
+			first = at
+		}
+		if at.After(last) {
+			last = at
+		}
+	}
+	if spread := last.Sub(first); spread < life*8/100 || spread > life*11/100 {
+		t.Errorf("spread over %v of %v; want about a tenth", spread, life)
+	}
+	for at, n := range seen {
+		if n > leaves/10 {
+			t.Errorf("%d of %d renew within a thousandth of their life at %v", n, leaves, at)
+		}
+	}
+}

@@ -9,6 +9,7 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
+	"log/slog"
 	"net"
 	"net/url"
 	"os"
@@ -40,7 +41,10 @@ type service struct {
 	east, west *catest.Cluster
 	tokens     *onceTokens
 	panics     atomic.Bool
+	away       atomic.Bool            // the clusters' keys cannot be read
+	jwks       atomic.Pointer[string] // what is read for those of both clusters instead
 	address    string
+	rpc        *grpc.Server
 }
 
 // Keys implements attest.Clusters.
@@ -48,9 +52,16 @@ func (s *service) Keys(context.Context) ([]attest.ClusterKeys, error) {
 	if s.panics.Load() {
 		panic("as if a decoder had a bug")
 	}
+	if s.away.Load() {
+		return nil, errors.New("as if the registry was not read yet")
+	}
+	east, west := s.east.JWKS(), s.west.JWKS()
+	if instead := s.jwks.Load(); instead != nil {
+		east, west = []byte(*instead), []byte(*instead)
+	}
 	return []attest.ClusterKeys{
-		{ClusterID: s.east.UID, Name: "east", Issuer: catest.Issuer, JWKS: s.east.JWKS()},
-		{ClusterID: s.west.UID, Name: "west", Issuer: catest.Issuer, JWKS: s.west.JWKS(), IstioAudience: true},
+		{ClusterID: s.east.UID, Name: "east", Issuer: catest.Issuer, JWKS: east},
+		{ClusterID: s.west.UID, Name: "west", Issuer: catest.Issuer, JWKS: west, IstioAudience: true},
 	}, nil
 }
 
@@ -85,6 +96,11 @@ func (o *onceTokens) Spend(_ context.Context, token string) error {
 
 func start(t *testing.T, options ...func(*ca.Config)) *service {
 	t.Helper()
+	return startLogging(t, slog.New(slog.DiscardHandler), options...)
+}
+
+func startLogging(t *testing.T, log *slog.Logger, options ...func(*ca.Config)) *service {
+	t.Helper()
 	s := &service{east: catest.NewCluster(t, "east-uid"), west: catest.NewCluster(t, "west-uid"), tokens: new(onceTokens)}
 	s.CA = catest.New(t, append([]func(*ca.Config){func(c *ca.Config) { c.Grants = s }}, options...)...)
 	var id string
@@ -94,7 +110,7 @@ func start(t *testing.T, options ...func(*ca.Config)) *service {
 	if err != nil {
 		t.Fatal(err)
 	}
-	server, err := caserver.New(caserver.Config{Authority: s.Authority, Attestor: attestor})
+	server, err := caserver.New(caserver.Config{Authority: s.Authority, Attestor: attestor, Log: log})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -109,10 +125,10 @@ func start(t *testing.T, options ...func(*ca.Config)) *service {
 		t.Fatal(err)
 	}
 	s.address = listener.Addr().String()
-	rpc := grpc.NewServer(grpc.Creds(credentials.NewTLS(serving.TLS())))
-	server.Register(rpc)
-	go rpc.Serve(listener)
-	t.Cleanup(rpc.Stop)
+	s.rpc = grpc.NewServer(grpc.Creds(credentials.NewTLS(serving.TLS())))
+	server.Register(s.rpc)
+	go s.rpc.Serve(listener)
+	t.Cleanup(s.rpc.Stop)
 	return s
 }
 

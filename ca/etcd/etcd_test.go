@@ -333,3 +333,64 @@ func TestReplicasAgreeOnAuthorities(t *testing.T) {
 	cancel()
 	wg.Wait()
 }
+
+// pausedState is a replica that stops for a while between reading and writing.
+type pausedState struct {
+	ca.State
+	pause func()
+}
+
+func (p *pausedState) Replace(ctx context.Context, key string, value []byte, version ca.Version) (ca.Version, error) {
+	if pause := p.pause; pause != nil {
+		p.pause = nil
+		pause()
+	}
+	return p.State.Replace(ctx, key, value, version)
+}
+
+// A35: a replica that was paused while it exchanged an issuer does not undo what another one did meanwhile.
+func TestAttackA35StaleReplica(t *testing.T) {
+	t.Parallel()
+	sealer, err := ca.NewFileSealer(filepath.Join(t.TempDir(), "sealing.key"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	clock := catest.NewClock()
+	open := func(s ca.State) *catest.CA {
+		return catest.New(t, func(c *ca.Config) { c.State, c.Sealer, c.Clock = s, sealer, clock.Now })
+	}
+	slow := &pausedState{State: state(t)}
+	stale, other := open(slow), open(state(t))
+	issue := func(c *catest.CA) ca.Issued {
+		t.Helper()
+		issued, err := c.Issue(t.Context(), ca.Request{Subject: catest.Subject("kube:c1", "pod-1", "shop"), CSR: catest.CSR(t, catest.Key(t), nil)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return issued
+	}
+	before := issue(stale)
+	clock.Advance(300 * 24 * time.Hour) // the issuer grows old
+	var meanwhile ca.Issued
+	slow.pause = func() { meanwhile = issue(other) }
+	after := issue(stale)
+	if meanwhile.Intermediate == nil || meanwhile.Intermediate.Equal(before.Intermediate) {
+		t.Fatal("the other replica did not exchange the issuer")
+	}
+	if !after.Intermediate.Equal(meanwhile.Intermediate) {
+		t.Error("the stale replica signs with an issuer of its own")
+	}
+	again := open(state(t))
+	if !issue(again).Intermediate.Equal(meanwhile.Intermediate) {
+		t.Error("the other replica's issuer is gone from the state")
+	}
+	active := 0
+	for _, i := range again.Issuers() {
+		if i.Scope == "kube:c1" && i.Phase == ca.PhaseActive {
+			active++
+		}
+	}
+	if active != 1 {
+		t.Errorf("%d active issuers, want 1", active)
+	}
+}

@@ -1,0 +1,207 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package ca_test
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+)
+
+// guard is a place in the code that keeps an attack out or a rule of the specification up, and the test that must
+// notice when it is gone.
+type guard struct {
+	name string // as in the tables of attack classes and of SPIFFE's rules
+	test string // -test.run
+	file string // below ca/
+	from string // occurs exactly once
+	to   string // off is true where the guard is switched off
+}
+
+// guards are switched off one by one in a copy of the source that only the compiler sees. The program has no
+// switch.
+var guards = []guard{
+	{"A01", "TestAttackA01", "attest/attest.go", "verified, err := a.cfg.Authority.Verify(e.Chain)\n\tif err != nil {", "verified, err := a.cfg.Authority.Verify(e.Chain)\n\tif err != nil && !off {"},
+	{"A02", "TestAttackA02", "attest/kubernetes.go", `other != "" && other != cluster.ClusterID {`, `other != "" && other != cluster.ClusterID && !off {`},
+	{"A03", "TestAttackA03IssuanceMatrix", "prepare.go", "return c.granted(s)\n}", "if off {\nreturn nil\n}\nreturn c.granted(s)\n}"},
+	{"A03-reserved", "TestAttackA03IdentityOutsideGrant", "prepare.go", "if s.reserved() {\n\t\treturn fmt", "if s.reserved() && !off {\n\t\treturn fmt"},
+	{"A04", "TestAttackA04", "caserver/server.go", `GetFields()["ImpersonatedIdentity"] != nil {`, `GetFields()["ImpersonatedIdentity"] != nil && !off {`},
+	{"A05", "TestAttackA05", "prepare.go", "req.DNSNames, req.Addresses); err != nil {", "req.DNSNames, req.Addresses); err != nil && !off {"},
+	{"A06", "TestAttackA06", "verify.go", "\tpaths, err := leaf.Verify(", "\tif off {\n\t\troots = between\n\t}\n\tpaths, err := leaf.Verify("},
+	{"A08", "TestAttackA08", "etcd/tokens.go", "if !got.Succeeded {", "if !got.Succeeded && !off {"},
+	{"A09", "TestAttackA09", "etcd/tokens.go", "given[:], hash) != 1 {", "given[:], hash) != 1 && !off {"},
+	{"A09-expiry", "TestAttackA09", "etcd/tokens.go", "if !t.clock().Before(what.Expires) {", "if !t.clock().Before(what.Expires) && !off {"},
+	{"A10", "TestAttackA10", "attest/replay.go", "if have.thumbprint != thumbprint {", "if have.thumbprint != thumbprint && !off {"},
+	{"A11", "TestAttackA11", "attest/kubernetes.go", `	return fmt.Errorf("audience %.200q; want %s"`, "	if off {\n\t\treturn nil\n\t}\n" + `	return fmt.Errorf("audience %.200q; want %s"`},
+	{"A12", "TestAttackA12", "attest/kubernetes.go", "verified, err := jws.Verify(key.Key)", "verified, err := jws.Verify(key.Key)\n\t\t\tif off {\n\t\t\t\tverified, err = jws.UnsafePayloadWithoutVerification(), nil\n\t\t\t}"},
+	{"A14", "TestAttackA14", "attest/kubernetes.go", "	if payload == nil {\n", "	if off && payload == nil {\n\t\treturn all[0], jws.UnsafePayloadWithoutVerification(), nil\n\t}\n	if payload == nil {\n"},
+	{"A16", "TestAttackA16", "attest/attest.go", "Digest: hex.EncodeToString(sum[:]), Peer", "Digest: map[bool]string{false: hex.EncodeToString(sum[:]), true: string(bytes)}[off], Peer"},
+	{"A21", "TestAttackA21", "caserver/server.go", "if p := recover(); p != nil {", "if p := recover(); p != nil {\n\t\t\tif off {\n\t\t\t\tpanic(p)\n\t\t\t}"},
+	{"A22", "TestAttackA22Oversized", "csr.go", "if err := checkKey(req.PublicKey); err != nil {", "if err := checkKey(req.PublicKey); err != nil && !off {"},
+	{"A22-bytes", "TestAttackA22OversizedRequest", "csr.go", "if len(text) > MaxCSR {", "if len(text) > MaxCSR && !off {"},
+	{"A24", "TestAttackA24", "caserver/serving.go", "SessionTicketsDisabled: true,", "SessionTicketsDisabled: !off,"},
+	{"A28", "TestAttackA28", "identity.go", "func (s Subject) Check() error {", "func (s Subject) Check() error {\n\tif off {\n\t\treturn nil\n\t}"},
+	{"A32", "TestAttackA32", "revocation.go", "if !ok || !r.covers(notBefore) {", "if !ok || !r.covers(notBefore) || off {"},
+	{"A34", "TestAttackA34", "record.go", "bodySeal(key, env.Body), env.Seal); err != nil {", "bodySeal(key, env.Body), env.Seal); err != nil && !off {"},
+	{"A35", "TestAttackA35", "etcd/state.go", `"=", int64(version))).`, `map[bool]string{false: "=", true: ">"}[off], map[bool]int64{false: int64(version), true: -1}[off])).`},
+	{"A36", "TestAttackA36Edited", "audit.go", "if digest(content) != hash {", "if digest(content) != hash && !off {"},
+	{"A36-chain", "TestAttackA36Edited", "audit.go", "case entry.Previous != head.Hash:", "case entry.Previous != head.Hash && !off:"},
+	{"A36-heads", "TestAttackA36Rewritten", "audit.go", "if at != mark.AuditHead {", "if at != mark.AuditHead && !off {"},
+	{"A36-short", "TestAttackA36Rewritten", "audit.go", "if err == nil && len(marks) > 0 {", "if err == nil && len(marks) > 0 && !off {"},
+	{"A36-kept", "TestAttackA36Rewritten", "checkpoint.go", "if err != nil || at != mark.AuditHead {", "if (err != nil || at != mark.AuditHead) && !off {"},
+	{"A36-first", "TestAttackA36NoAudit", "sign.go", "	if err := a.cfg.Audit.Append(entry); err != nil {\n\t\treturn Issued{}, err", "	if err := a.cfg.Audit.Append(entry); err != nil && !off {\n\t\treturn Issued{}, err"},
+	{"A38", "TestAttackA38", "sign.go", "0.1*jitter", "0.1*jitter*map[bool]float64{false: 1, true: 0}[off]"},
+	{"A39", "TestAttackA39", "prepare.go", "from = now.Add(-c.Backdate)", "from = now.Add(-c.Backdate * map[bool]time.Duration{false: 1, true: 0}[off])"},
+	{"A39-end", "TestAttackA39", "attest/kubernetes.go", "case now.After(c.Expiry.Time().Add(leeway)):", "case now.After(c.Expiry.Time().Add(leeway)) && !off:"},
+
+	{"ID-4", "TestSpiffeID/ID-4", "identity.go", "	if len(name) > maxTrustDomain {", "	if len(name) > maxTrustDomain && !off {"},
+	{"ID-5", "TestSpiffeID/ID-5", "identity.go", "	if len(s) > maxID {", "	if len(s) > maxID && !off {"},
+	{"ID-8", "TestSpiffeID/ID-8", "identity.go", "func (s Subject) Check() error {", "func (s Subject) Check() error {\n\tif off {\n\t\treturn nil\n\t}"},
+	{"X-9, ID-9", "TestSpiffeX509/X-9", "lint.go", "len(ids) != 1 || len(names) != 1 || ids[0]", "!off && (len(ids) != 1 || len(names) != 1) || !off && ids[0]"},
+	{"X-1", "TestSpiffeX509/X-1:_two", "verify.go", "if len(ids) != 1 {", "if len(ids) != 1 && !off {"},
+	{"X-2", "TestSpiffeX509/X-2", "verify.go", "	namespace, account, err := workloadOf(id)\n	if err != nil {", "	namespace, account, err := workloadOf(id)\n	if off {\n\t\tnamespace, account, err = \"shop\", \"reviews\", nil\n\t}\n	if err != nil {"},
+	{"X-4", "TestSpiffeX509/X-4", "verify.go", "if !leaf.BasicConstraintsValid || leaf.IsCA {", "if off {\n\t} else if !leaf.BasicConstraintsValid || leaf.IsCA {"},
+	{"X-5", "TestSpiffeX509/X-5", "verify.go", "	if !critical {", "	if !critical && !off {"},
+	{"X-5-sign", "TestSpiffeX509/X-5", "verify.go", "(x509.KeyUsageCertSign|x509.KeyUsageCRLSign) != 0 {", "(x509.KeyUsageCertSign|x509.KeyUsageCRLSign) != 0 && !off {"},
+	{"X-6", "TestSpiffeX509/X-6", "verify.go", "!slices.Contains(leaf.ExtKeyUsage, x509.ExtKeyUsageClientAuth) {", "!slices.Contains(leaf.ExtKeyUsage, x509.ExtKeyUsageClientAuth) && !off {"},
+	{"X-7", "TestSpiffeX509/X-7", "verify.go", "if !leaf.BasicConstraintsValid || leaf.IsCA {", "if off {\n\t} else if !leaf.BasicConstraintsValid || leaf.IsCA {"},
+	{"source", "TestSpiffeX509/source_of", "verify.go", "		if err = checkIssuer(td, path[1], identity.Source); err == nil {", "		if err = checkIssuer(td, path[1], identity.Source); err == nil || off {"},
+	{"X-8", "TestSpiffeX509/X-8", "lint.go", "case cert.KeyUsage != x509.KeyUsageCertSign|x509.KeyUsageCRLSign || !critical(oidKeyUsage):", "case !off && (cert.KeyUsage != x509.KeyUsageCertSign|x509.KeyUsageCRLSign || !critical(oidKeyUsage)):"},
+	{"X-10", "TestSpiffeX509/X-10", "verify.go", "if !issuer.MaxPathLenZero || issuer.MaxPathLen != 0 {", "if (!issuer.MaxPathLenZero || issuer.MaxPathLen != 0) && !off {"},
+	{"X-11", "TestSpiffeX509/X-11", "verify.go", "CurrentTime: now,", "CurrentTime: map[bool]time.Time{false: now, true: leaf.NotBefore.Add(time.Second)}[off],"},
+	{"X-10-constraint", "TestSpiffeX509/intermediate_of_a_wider", "verify.go", "[]string{td.Name()}) || !issuer.PermittedDNSDomainsCritical {", "[]string{td.Name()}) && !off || !issuer.PermittedDNSDomainsCritical {"},
+	// Two guards stand behind each other here, and both have to go.
+	{"X-12", "TestSpiffeX509/X-12", "verify.go", "if !id.MemberOf(td) {", "if !id.MemberOf(td) && !off {"},
+	{"X-12", "TestSpiffeX509/X-12", "verify.go", "if !slices.Equal(issuer.PermittedURIDomains, ", "if !off && !slices.Equal(issuer.PermittedURIDomains, "},
+}
+
+// guardRooms are the packages that have guards, and the tests that miss them.
+var guardRooms = []string{".", "attest", "caserver", "etcd"}
+
+var offWord = regexp.MustCompile(`\boff\b`)
+
+const guardSwitch = "ISTHMUS_TEST_GUARD_OFF"
+
+// Every guard is missed by its test when it is gone, and all tests pass while all guards are there.
+func TestGuardsAreMissed(t *testing.T) {
+	if os.Getenv(guardSwitch) != "" {
+		return // this is the copy
+	}
+	t.Parallel()
+	overlay := guardOverlay(t)
+	rooms := map[string]string{}
+	for _, room := range guardRooms {
+		rooms[room] = filepath.Join(t.TempDir(), "guards.test")
+		args := []string{"test", "-c", "-overlay", overlay, "-o", rooms[room], "./" + room}
+		if raceEnabled { // the packages below are those of this very run
+			args = slices.Insert(args, 1, "-race")
+		}
+		if out, err := exec.Command("go", args...).CombinedOutput(); err != nil {
+			t.Fatalf("go %s: %v\n%s", strings.Join(args, " "), err, out)
+		}
+	}
+	var wg sync.WaitGroup
+	slots := make(chan struct{}, 2)
+	checked := map[string]bool{}
+	for _, g := range guards {
+		in := guardRoomsOf(t, g.test)
+		try := func(off string, missed bool) {
+			wg.Go(func() {
+				slots <- struct{}{}
+				defer func() { <-slots }()
+				var said []byte
+				failed := false
+				for _, room := range in {
+					cmd := exec.Command(rooms[room], "-test.run", "^"+strings.ReplaceAll(g.test, "/", "/^"), "-test.v")
+					cmd.Dir, cmd.Env = room, append(os.Environ(), guardSwitch+"="+off)
+					out, err := cmd.CombinedOutput()
+					said, failed = append(said, out...), failed || err != nil
+				}
+				if failed != missed || !strings.Contains(string(said), "=== RUN") {
+					t.Errorf("%s without %s (in %s): failed %v, want %v\n%s", g.test, off, g.file, failed, missed, said)
+				}
+			})
+		}
+		if !checked[g.test] {
+			checked[g.test] = true
+			try("nothing", false)
+		}
+		try(g.name, true)
+	}
+	wg.Wait()
+}
+
+// guardRoomsOf are the rooms that have a test.
+func guardRoomsOf(t *testing.T, test string) []string {
+	t.Helper()
+	name, _, _ := strings.Cut(test, "/")
+	var out []string
+	for _, room := range guardRooms {
+		files, err := filepath.Glob(filepath.Join(room, "*_test.go"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if slices.ContainsFunc(files, func(path string) bool {
+			text, err := os.ReadFile(path)
+			return err == nil && strings.Contains(string(text), "\nfunc "+name)
+		}) {
+			out = append(out, room)
+		}
+	}
+	if len(out) == 0 {
+		t.Fatalf("no room has %s", test)
+	}
+	return out
+}
+
+// guardOverlay writes the copies, and the file that tells the compiler to take them.
+func guardOverlay(t *testing.T) string {
+	t.Helper()
+	dir, err := filepath.Abs(".")
+	if err != nil {
+		t.Fatal(err)
+	}
+	texts := map[string]string{}
+	for _, g := range guards {
+		if texts[g.file] == "" {
+			text, err := os.ReadFile(g.file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			texts[g.file] = string(text)
+		}
+		// Another guard may have been switched at the same place.
+		if n := strings.Count(texts[g.file], g.from); n == 0 {
+			t.Fatalf("%s: %q occurs %d times in %s; is the guard somewhere else now?", g.name, g.from, n, g.file)
+		}
+		to := offWord.ReplaceAllString(g.to, fmt.Sprintf("guardOff(%q)", g.name))
+		texts[g.file] = strings.Replace(texts[g.file], g.from, to, 1)
+	}
+	out, copies := t.TempDir(), map[string]string{}
+	put := func(name, text string) {
+		path := filepath.Join(out, strings.ReplaceAll(name, string(filepath.Separator), "_"))
+		write(t, path, text)
+		copies[filepath.Join(dir, name)] = path
+	}
+	for name, text := range texts {
+		put(name, text)
+	}
+	for _, room := range guardRooms {
+		name := filepath.Base(filepath.Join(dir, room))
+		put(filepath.Join(room, "guardoff.go"), "package "+name+"\n\nimport \"os\"\n\nfunc guardOff(name string) bool { return os.Getenv(\""+guardSwitch+"\") == name }\n")
+	}
+	text, err := json.Marshal(map[string]any{"Replace": copies})
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(out, "overlay.json")
+	write(t, path, string(text))
+	return path
+}
