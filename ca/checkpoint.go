@@ -28,8 +28,9 @@ type AuditMarks struct {
 
 // Limits of what is kept of one replica.
 const (
-	markEvery = time.Minute
-	keptLogs  = 8 // a replica whose disk was lost begins a new one
+	markEvery  = time.Minute
+	markWithin = 5 * time.Second // a stop waits no longer for the last one
+	keptLogs   = 8               // a replica whose disk was lost begins a new one
 )
 
 // ErrAuditChanged: the audit log is not the one whose head was kept.
@@ -59,7 +60,7 @@ type storedMarks struct {
 	Logs []AuditMarks `json:"logs"` // the present one last
 }
 
-// Run keeps the head every minute if it moved, until ctx ends. If the log turns out not to be the one whose head
+// Run keeps the head every minute if it moved, and once more when ctx ends. If the log turns out not to be the one whose head
 // was kept before, it keeps nothing any more: what is kept is the evidence.
 func (c *Checkpoints) Run(ctx context.Context) error {
 	log := c.Log
@@ -70,7 +71,7 @@ func (c *Checkpoints) Run(ctx context.Context) error {
 	defer ticker.Stop()
 	failing := false
 	for {
-		err := c.Mark(ctx)
+		err := c.Mark(context.WithoutCancel(ctx))
 		switch {
 		case ctx.Err() != nil:
 			return nil
@@ -83,8 +84,7 @@ func (c *Checkpoints) Run(ctx context.Context) error {
 		}
 		failing = err != nil
 		select {
-		case <-ctx.Done():
-			return nil
+		case <-ctx.Done(): // once more, then
 		case <-ticker.C:
 		}
 	}
@@ -100,7 +100,7 @@ func (c *Checkpoints) Err() error {
 // Mark keeps the present head, unless it has been kept. It is ErrAuditChanged if the log does not contain the
 // head that was kept last.
 func (c *Checkpoints) Mark(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, markEvery/4)
+	ctx, cancel := context.WithTimeout(ctx, markWithin)
 	defer cancel()
 	head := c.Audit.Head() // before the state is read: what is kept by then is at most that
 	stored, version, err := c.fetch(ctx, c.Replica)
@@ -136,7 +136,7 @@ func (c *Checkpoints) Mark(ctx context.Context) error {
 // contains tells whether the log has the line that was kept.
 func (c *Checkpoints) contains(mark AuditMark, head AuditHead) error {
 	if head.Size < mark.Size {
-		return fmt.Errorf("%w: it has %d lines, and had %d at %s", ErrAuditChanged, head.Sequence, mark.Sequence, mark.Time.UTC().Format(time.RFC3339))
+		return fmt.Errorf("%w: it has %d bytes, and had %d at %s", ErrAuditChanged, head.Size, mark.Size, mark.Time.UTC().Format(time.RFC3339))
 	}
 	at, err := c.Audit.lineEndingAt(mark.Size)
 	if err != nil || at != mark.AuditHead {

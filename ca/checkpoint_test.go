@@ -3,6 +3,7 @@
 package ca_test
 
 import (
+	"context"
 	"errors"
 	"os"
 	"os/exec"
@@ -11,6 +12,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/isthmus-mesh/isthmus/ca"
@@ -238,4 +240,38 @@ func fillDisk(t *testing.T, path string) {
 	if head, err := l.Verify(nil); err != nil || head.Sequence != 2 {
 		t.Fatalf("Verify = %+v, %v; want the two lines that were written", head, err)
 	}
+}
+
+// The head is kept when meshd begins, every minute, and when it ends.
+func TestHeadsAreKeptInTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		k := keptLog(t)
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() { done <- k.Run(ctx) }()
+		newest := func() uint64 {
+			t.Helper()
+			synctest.Wait()
+			logs, err := k.List(t.Context())
+			if err != nil || len(logs) != 1 {
+				t.Fatalf("List = %v, %v", logs, err)
+			}
+			return logs[0].Marks[len(logs[0].Marks)-1].Sequence
+		}
+		for _, step := range []struct {
+			lines int
+			wait  time.Duration
+			want  uint64
+		}{{0, 0, 1}, {4, 50 * time.Second, 1}, {0, 11 * time.Second, 5}, {3, 0, 5}} {
+			k.lines(t, step.lines)
+			time.Sleep(step.wait)
+			if got := newest(); got != step.want {
+				t.Errorf("after %+v: line %d", step, got)
+			}
+		}
+		cancel()
+		if err := <-done; err != nil || newest() != 8 {
+			t.Errorf("Run = %v, last line %d; want 8", err, newest())
+		}
+	})
 }
