@@ -15,6 +15,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -29,7 +30,14 @@ const (
 // usageError is a mistake in flags or in the configuration file.
 type usageError struct{ error }
 
+// collectAt is how far the heap grows, in percent of what is alive, before the collector
+// runs. meshd keeps much and changes little of it: a tighter heap costs it little time.
+const collectAt = 50
+
 func main() {
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(collectAt)
+	}
 	// The first signal drains; the default handling is back for the second one, which
 	// ends the process at once.
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)

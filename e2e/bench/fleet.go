@@ -28,6 +28,7 @@ import (
 	"k8s.io/client-go/rest"
 
 	"github.com/isthmus-mesh/isthmus/e2e/stage"
+	"github.com/isthmus-mesh/isthmus/registry/etcd"
 )
 
 // fleet is services with pods that exist in the API server alone: what meshd sees of a
@@ -200,7 +201,8 @@ func stored(pod *corev1.Pod) (string, error) {
 	return b.String(), err
 }
 
-// arrive waits until meshd has stored that many of the services and pods.
+// arrive waits until meshd has stored that many of the services and pods (or, since several
+// pods share a key, all but the last few).
 func arrive(ctx context.Context, look peek, services, pods int) error {
 	return until(ctx, 200*time.Millisecond, func() (bool, error) {
 		workloads, err := look.count(ctx, "workloads/")
@@ -209,8 +211,9 @@ func arrive(ctx context.Context, look peek, services, pods int) error {
 		}
 		// A record is a head and at least one slice.
 		records, err := look.count(ctx, "records/")
-		if err == nil && (workloads < pods || records < 2*services) {
-			err = fmt.Errorf("meshd has stored %d of %d pods, %d of %d keys of services", workloads, pods, records, 2*services)
+		bundles := (pods + etcd.WorkloadsPerKey - 1) / etcd.WorkloadsPerKey
+		if err == nil && (workloads < bundles || records < 2*services) {
+			err = fmt.Errorf("meshd has stored %d of %d keys of pods, %d of %d of services", workloads, bundles, records, 2*services)
 		}
 		return err == nil, err
 	})

@@ -112,6 +112,7 @@ func (s *session) write(ctx context.Context, groups []*group, written *registry.
 		}
 		ops = append(ops, op)
 	}
+	s.store.expect(groups)
 	for chunk := range slices.Chunk(ops, txnOperations+1) {
 		// More than one chunk only for the removal of a very large record.
 		if err := s.commit(ctx, chunk, written); err != nil {

@@ -22,13 +22,15 @@ type baseline struct {
 	conditions []federation.Condition
 
 	// What the last level had: the same pointer needs no second look.
-	records   map[federation.ServiceName]*federation.Record
-	workloads map[string]*federation.Workload
-	gateways  map[string]*federation.Gateway
-	objects   map[string]*federation.Object // by key
+	records  map[federation.ServiceName]*federation.Record
+	gateways map[string]*federation.Gateway
+	objects  map[string]*federation.Object // by key
 
-	// workloadsPruned: what is stored of workloads is what the levels of this session had.
-	workloadsPruned bool
+	// How workloads are spread over bundles, and which of those are not as they should be.
+	workloads  map[string]placed // by UID
+	bundles    map[string][]*federation.Workload
+	stale      map[string]bool
+	nextBundle int
 
 	// garbage are keys that mean nothing: corrupt values, and slices of a generation that
 	// never became visible. They go with the next level that knows records.
@@ -49,7 +51,9 @@ func (r *replica) baseline(source federation.SourceID) *baseline {
 		hashes:    map[string]uint64{},
 		layouts:   map[federation.ServiceName]*layout{},
 		records:   map[federation.ServiceName]*federation.Record{},
-		workloads: map[string]*federation.Workload{},
+		workloads: map[string]placed{},
+		bundles:   map[string][]*federation.Workload{},
+		stale:     map[string]bool{},
 		gateways:  map[string]*federation.Gateway{},
 		objects:   map[string]*federation.Object{},
 	}
@@ -63,6 +67,7 @@ func (r *replica) baseline(source federation.SourceID) *baseline {
 			b.garbage = append(b.garbage, k)
 		}
 	}
+	b.takeBundles(source, r)
 	for name, state := range r.records[source] {
 		b.takeLayout(source, name, state)
 	}
@@ -116,9 +121,10 @@ type group struct {
 	changes []change
 }
 
-func (g *group) put(b *baseline, k string, value []byte) {
+// put writes a value that is not stored yet; means is what a replica would decode it to.
+func (g *group) put(b *baseline, k string, value []byte, means any) {
 	if !b.stored(k, value) {
-		g.puts = append(g.puts, keyValue{key: k, value: value})
+		g.puts = append(g.puts, keyValue{key: k, value: value, means: means})
 	}
 }
 
@@ -126,7 +132,6 @@ func (g *group) empty() bool { return len(g.puts)+len(g.deletes) == 0 }
 
 // settled remembers that everything a level asked for was committed.
 func (b *baseline) settled(level *registry.Level) {
-	b.workloadsPruned = b.workloadsPruned || level.Workloads != nil
 	if level.Records != nil {
 		b.garbage = nil
 	}
@@ -205,41 +210,6 @@ func changed[K comparable, V any](level, last map[K]*V, compare func(a, b K) int
 	return out
 }
 
-func (b *baseline) planWorkloads(source federation.SourceID, workloads map[string]*federation.Workload, add adder) error {
-	if workloads == nil {
-		return nil
-	}
-	for _, uid := range changed(workloads, b.workloads, strings.Compare) {
-		w := workloads[uid]
-		value, err := encode(&workloadValue{version{schema}, *w})
-		if err != nil {
-			return err
-		}
-		g := &group{done: func() { b.workloads[uid] = w }}
-		g.put(b, workloadKey(source, uid), value)
-		add(g, nil)
-	}
-	var gone []string
-	if !b.workloadsPruned { // once: what earlier sessions left
-		want := make(map[string]bool, len(workloads))
-		for uid := range workloads {
-			want[workloadKey(source, uid)] = true
-		}
-		b.prune(key(workloadsPrefix, string(source))+"/", want, add)
-		return nil
-	}
-	for uid := range b.workloads {
-		if workloads[uid] == nil {
-			gone = append(gone, uid)
-		}
-	}
-	slices.Sort(gone)
-	for _, uid := range gone {
-		add(&group{deletes: []string{workloadKey(source, uid)}, done: func() { delete(b.workloads, uid) }}, nil)
-	}
-	return nil
-}
-
 // prune removes the stored keys below a prefix that are not wanted.
 func (b *baseline) prune(prefix string, want map[string]bool, add adder) {
 	var gone []string
@@ -271,7 +241,7 @@ func (b *baseline) planGateways(gateways map[string]*federation.Gateway, add add
 			return err
 		}
 		g := &group{done: func() { b.gateways[name] = gw }}
-		g.put(b, k, value)
+		g.put(b, k, value, nil)
 		add(g, nil)
 	}
 	b.prune(gatewaysPrefix, want, add) // the baseline has gateways of this source only
@@ -300,7 +270,7 @@ func (b *baseline) planObjects(source federation.SourceID, objects map[registry.
 				return err
 			}
 			g := &group{done: func() { b.objects[k] = object }}
-			g.put(b, k, value)
+			g.put(b, k, value, nil)
 			add(g, nil)
 		}
 		prefix := key(configPrefix, string(source), string(kind)) + "/"

@@ -8,12 +8,12 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"net/netip"
 	"reflect"
 	"slices"
 	"strings"
 
 	"github.com/isthmus-mesh/isthmus/federation"
+	"github.com/isthmus-mesh/isthmus/registry"
 )
 
 // schema is the version of every value that this program writes.
@@ -68,12 +68,8 @@ type headValue struct {
 	federation.Record
 }
 
-// workloadValue, gatewayValue and objectValue are the nouns as they are.
+// gatewayValue and objectValue are the nouns as they are.
 type (
-	workloadValue struct {
-		version
-		federation.Workload
-	}
 	gatewayValue struct {
 		version
 		federation.Gateway
@@ -126,21 +122,13 @@ func encodeSlice(generation int64, endpoints []federation.Endpoint) ([]byte, err
 			Account:  intern(accounts, &v.Accounts, e.ServiceAccount),
 			Locality: intern(localities, &v.Localities, [3]string{e.Locality.Region, e.Locality.Zone, e.Locality.Subzone}),
 			Ports:    rowOf(&v.Ports, e.TargetPorts, func(a, b map[uint32]uint32) bool { return maps.Equal(a, b) }),
+
+			Addresses: encodeAddresses(e.Addresses),
+			Labels:    internLabels(pairs, &v.Pairs, &v.Labels, e.Labels),
 		}
 		if e.Health != federation.Ready {
 			row.Health = string(e.Health)
 		}
-		for j, a := range e.Addresses {
-			if j > 0 {
-				row.Addresses += " "
-			}
-			row.Addresses += a.String()
-		}
-		set := make([]int, 0, len(e.Labels))
-		for _, k := range slices.Sorted(maps.Keys(e.Labels)) {
-			set = append(set, intern(pairs, &v.Pairs, k+"="+e.Labels[k]))
-		}
-		row.Labels = rowOf(&v.Labels, set, func(a, b []int) bool { return slices.Equal(a, b) })
 		v.Endpoints = append(v.Endpoints, row)
 	}
 	return encode(&v)
@@ -166,37 +154,53 @@ func rowOf[T any](table *[]T, value T, equal func(a, b T) bool) int {
 	return len(*table) - 1
 }
 
-// decodeSlice is the inverse of encodeSlice. Endpoints share the tables' maps.
-func decodeSlice(data []byte) (generation int64, endpoints []federation.Endpoint, err error) {
+// internLabels is the row of a label set.
+func internLabels(index map[string]int, pairs *[]string, rows *[][]int, labels map[string]string) int {
+	set := make([]int, 0, len(labels))
+	for _, k := range slices.Sorted(maps.Keys(labels)) {
+		set = append(set, intern(index, pairs, k+"="+labels[k]))
+	}
+	return rowOf(rows, set, func(a, b []int) bool { return slices.Equal(a, b) })
+}
+
+// decodeLabels is the label sets of all rows.
+func decodeLabels(pairs []string, rows [][]int, names *registry.Interner) ([]map[string]string, error) {
+	labels := make([]map[string]string, len(rows))
+	for i, row := range rows {
+		set := make(map[string]string, len(row))
+		for _, p := range row {
+			pair, err := at(pairs, p, "label pair")
+			if err != nil {
+				return nil, err
+			}
+			k, value, _ := strings.Cut(pair, "=")
+			set[k] = value
+		}
+		labels[i] = names.Labels(set)
+	}
+	return labels, nil
+}
+
+// decodeSlice is the inverse of encodeSlice. Names that many endpoints have are shared.
+func decodeSlice(data []byte, names *registry.Interner) (generation int64, endpoints []federation.Endpoint, err error) {
 	var v sliceValue
 	if err := decode(data, &v, &v.version); err != nil {
 		return 0, nil, err
 	}
-	labels := make([]map[string]string, len(v.Labels))
-	for i, set := range v.Labels {
-		if len(set) == 0 {
-			continue
-		}
-		labels[i] = make(map[string]string, len(set))
-		for _, p := range set {
-			pair, err := at(v.Pairs, p, "label pair")
-			if err != nil {
-				return 0, nil, err
-			}
-			k, value, _ := strings.Cut(pair, "=")
-			labels[i][k] = value
-		}
+	labels, err := decodeLabels(v.Pairs, v.Labels, names)
+	if err != nil {
+		return 0, nil, err
 	}
 	endpoints = make([]federation.Endpoint, len(v.Endpoints))
 	for i := range v.Endpoints {
-		if endpoints[i], err = v.endpoint(&v.Endpoints[i], labels); err != nil {
+		if endpoints[i], err = v.endpoint(&v.Endpoints[i], labels, names); err != nil {
 			return 0, nil, fmt.Errorf("endpoint %d: %w", i, err)
 		}
 	}
 	return v.Generation, endpoints, nil
 }
 
-func (v *sliceValue) endpoint(row *sliceEndpoint, labels []map[string]string) (federation.Endpoint, error) {
+func (v *sliceValue) endpoint(row *sliceEndpoint, labels []map[string]string, names *registry.Interner) (federation.Endpoint, error) {
 	e := federation.Endpoint{Workload: row.Workload, UID: row.UID, Hostname: row.Hostname, Mesh: row.Mesh}
 	network, err1 := at(v.Networks, row.Network, "network")
 	account, err2 := at(v.Accounts, row.Account, "account")
@@ -206,8 +210,8 @@ func (v *sliceValue) endpoint(row *sliceEndpoint, labels []map[string]string) (f
 	if err := errors.Join(err1, err2, err3, err4, err5); err != nil {
 		return e, err
 	}
-	e.Network, e.ServiceAccount, e.Labels = federation.Network(network), account, set
-	e.Locality = federation.Locality{Region: locality[0], Zone: locality[1], Subzone: locality[2]}
+	e.Network, e.ServiceAccount, e.Labels = federation.Network(names.String(network)), names.String(account), set
+	e.Locality = internLocality(names, locality)
 	if len(ports) > 0 {
 		e.TargetPorts = ports
 	}
@@ -215,18 +219,12 @@ func (v *sliceValue) endpoint(row *sliceEndpoint, labels []map[string]string) (f
 	case "":
 		e.Health = federation.Ready
 	case federation.Terminating, federation.NotReady:
-		e.Health = h
+		e.Health = federation.Health(names.String(string(h)))
 	default:
 		return e, fmt.Errorf("health %q: want %q or %q", h, federation.Terminating, federation.NotReady)
 	}
-	for a := range strings.FieldsSeq(row.Addresses) {
-		ip, err := netip.ParseAddr(a)
-		if err != nil {
-			return e, err
-		}
-		e.Addresses = append(e.Addresses, ip)
-	}
-	return e, nil
+	e.Addresses, err5 = decodeAddresses(row.Addresses)
+	return e, err5
 }
 
 func at[T any](table []T, i int, what string) (T, error) {

@@ -33,7 +33,7 @@ func TestSlicesKeepEveryField(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	generation, got, err := decodeSlice(data)
+	generation, got, err := decodeSlice(data, &registry.Interner{})
 	if err != nil || generation != 7 {
 		t.Fatalf("generation %d, %v", generation, err)
 	}
@@ -97,7 +97,7 @@ func FuzzDecodeSlice(f *testing.F) {
 	f.Add(data)
 	f.Add([]byte(`{"v":1,"e":[{"n":-1}]}`))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		generation, endpoints, err := decodeSlice(data)
+		generation, endpoints, err := decodeSlice(data, &registry.Interner{})
 		if err != nil {
 			return
 		}
@@ -105,7 +105,7 @@ func FuzzDecodeSlice(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		_, twice, err := decodeSlice(again)
+		_, twice, err := decodeSlice(again, &registry.Interner{})
 		if err != nil || !equalEndpoints(endpoints, twice) {
 			t.Errorf("%q: %v\n%+v\n%+v", data, err, endpoints, twice)
 		}
@@ -115,7 +115,7 @@ func FuzzDecodeSlice(f *testing.F) {
 // FuzzReplica puts anything under any key: nothing may panic, and a snapshot must always
 // come out.
 func FuzzReplica(f *testing.F) {
-	for _, k := range []string{"records/s/n/a", "records/s/n/a/1-0", "workloads/s/u", "gateways/n/s/g", "config/s/k/n/o", "clusters/u", "clusters/u/conditions",
+	for _, k := range []string{"records/s/n/a", "records/s/n/a/1-0", "workloads/s/0", "gateways/n/s/g", "config/s/k/n/o", "clusters/u", "clusters/u/conditions",
 		"clusters/u/credentials", "addresses/by-host/h", "vms/n/v", "vms/n/v/health", "vms/n/v/present", "sessions/s", "replicas/r", "records/%zz/a/b", ""} {
 		f.Add(k, []byte(`{"v":1}`))
 		f.Add(k, []byte(`{"v":2,"name":"x"}`))

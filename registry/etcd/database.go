@@ -186,8 +186,8 @@ func embedConfig(config DatabaseConfig, dir string) *embed.Config {
 	c.AutoCompactionRetention = "5m"
 	// The log of a cluster of one is needed only for its own restart: keeping less of it in
 	// memory saves tens of megabytes.
-	c.SnapshotCount = 1000
-	c.SnapshotCatchUpEntries = 100
+	c.SnapshotCount = 100
+	c.SnapshotCatchUpEntries = 10
 	c.MaxRequestBytes = 4 << 20
 	// One member elects itself: shorter timeouts only make the start quicker.
 	c.TickMs, c.ElectionMs = 50, 500

@@ -11,7 +11,7 @@
 //	issuer-keys/<thumbprint>              UID of the cluster that signs with that key
 //	records/<source>/<ns>/<service>       head of a record: all but its endpoints
 //	records/<source>/<ns>/<service>/<n>   a slice of its endpoints, tables interned
-//	workloads/<source>/<uid>              a federation.Workload
+//	workloads/<source>/<bundle>           some workloads of the source
 //	gateways/<network>/<source>/<name>    a federation.Gateway
 //	config/<source>/<kind>/<ns>/<name>    a federation.Object
 //	addresses/by-host/<host>              a federation.VirtualAddress

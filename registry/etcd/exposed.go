@@ -163,10 +163,14 @@ func (r *replica) concealStored() {
 }
 
 func (r *replica) publishWorkloads() map[federation.WorkloadKey]*federation.Workload {
-	next := maps.Clone(r.workloads)
+	r.gatherWorkloads()
+	next, cloned := r.workloads, false
 	for source, e := range r.exposed {
 		if e.shown.Workloads == nil {
 			continue
+		}
+		if !cloned {
+			next, cloned = maps.Clone(next), true
 		}
 		maps.DeleteFunc(next, func(k federation.WorkloadKey, _ *federation.Workload) bool { return k.Source == source })
 		for uid, w := range e.shown.Workloads {

@@ -88,10 +88,6 @@ func recordKey(s federation.SourceID, n federation.ServiceName) string {
 	return key(recordsPrefix, string(s), n.Namespace, n.Name)
 }
 
-func workloadKey(s federation.SourceID, uid string) string {
-	return key(workloadsPrefix, string(s), uid)
-}
-
 func gatewayKey(g *federation.Gateway) string {
 	return key(gatewaysPrefix, string(g.Network), string(g.Source), g.Name)
 }

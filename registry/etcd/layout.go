@@ -49,7 +49,7 @@ func (b *baseline) planRecord(source federation.SourceID, record *federation.Rec
 	next := &layout{generation: stored.generation, next: stored.next, slices: map[string][]federation.Endpoint{}}
 	g := &group{}
 	k := recordKey(source, record.Name)
-	if err := b.spread(g, k, stored, next, record.Endpoints); err != nil {
+	if err := b.spread(g, k, stored, next, record); err != nil {
 		return nil, err
 	}
 	if err := b.putHead(g, k, record, next.generation); err != nil {
@@ -74,7 +74,7 @@ func (b *baseline) putHead(g *group, k string, record *federation.Record, genera
 	if err != nil {
 		return err
 	}
-	g.put(b, k, value)
+	g.put(b, k, value, &headState{generation, record})
 	return nil
 }
 
@@ -88,7 +88,7 @@ func flatten(byName map[string][]federation.Endpoint) []federation.Endpoint {
 
 // spread assigns endpoints to slices: those that are stored stay where they are, new ones
 // go where something changes anyway, then where there is room.
-func (b *baseline) spread(g *group, k string, stored, next *layout, endpoints []federation.Endpoint) error {
+func (b *baseline) spread(g *group, k string, stored, next *layout, record *federation.Record) error {
 	home := map[string]string{}
 	for name, list := range stored.slices {
 		for i := range list {
@@ -96,7 +96,7 @@ func (b *baseline) spread(g *group, k string, stored, next *layout, endpoints []
 		}
 	}
 	var fresh []federation.Endpoint
-	for _, e := range endpoints {
+	for _, e := range record.Endpoints {
 		if name, ok := home[e.Key()]; ok {
 			next.slices[name] = append(next.slices[name], e)
 			delete(home, e.Key()) // a second one of the same key goes elsewhere
@@ -106,7 +106,9 @@ func (b *baseline) spread(g *group, k string, stored, next *layout, endpoints []
 	}
 	dirty := map[string]bool{}
 	for name, list := range stored.slices {
-		dirty[name] = !equalEndpoints(list, next.slices[name])
+		if dirty[name] = !equalEndpoints(list, next.slices[name]); !dirty[name] {
+			next.slices[name] = list
+		}
 	}
 	if len(fresh) > 0 {
 		names := slices.SortedFunc(maps.Keys(stored.slices), func(a, c string) int {
@@ -127,19 +129,32 @@ func (b *baseline) spread(g *group, k string, stored, next *layout, endpoints []
 			next.slices[name], dirty[name] = slices.Clone(chunk), true
 		}
 	}
+	next.share(record.Endpoints)
 	for _, name := range slices.Sorted(maps.Keys(dirty)) {
 		if !dirty[name] {
 			continue
 		}
-		if err := b.putSlice(g, k, next, name); err != nil {
+		if err := b.putSlice(g, k, next, name, record); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// putSlice writes one slice, and moves what is too much for it to others.
-func (b *baseline) putSlice(g *group, k string, l *layout, name string) error {
+// share takes a record's own endpoints where they are all in one slice, as mostly.
+func (l *layout) share(endpoints []federation.Endpoint) {
+	for name, list := range l.slices {
+		if len(list) == len(endpoints) && slices.IsSortedFunc(endpoints, byKey) {
+			l.slices[name] = slices.Clip(endpoints)
+		}
+	}
+}
+
+func byKey(a, b federation.Endpoint) int { return strings.Compare(a.Key(), b.Key()) }
+
+// putSlice writes one slice, and moves what is too much for it to others. record is what
+// the slice makes whole; nil if that is not seen before a head comes.
+func (b *baseline) putSlice(g *group, k string, l *layout, name string, record *federation.Record) error {
 	list := l.slices[name]
 	if len(list) == 0 {
 		delete(l.slices, name)
@@ -148,23 +163,25 @@ func (b *baseline) putSlice(g *group, k string, l *layout, name string) error {
 		}
 		return nil
 	}
-	slices.SortFunc(list, func(a, c federation.Endpoint) int { return strings.Compare(a.Key(), c.Key()) })
+	if !slices.IsSortedFunc(list, byKey) {
+		slices.SortFunc(list, byKey)
+	}
 	value, err := encodeSlice(l.generation, list)
 	if err != nil {
 		return err
 	}
 	if len(value) <= sliceBytes || len(list) == 1 {
-		g.put(b, k+"/"+name, value)
+		g.put(b, k+"/"+name, value, &sliceState{l.generation, list, record})
 		return nil
 	}
 	half := len(list) / 2
-	l.slices[name] = list[:half:half]
+	l.slices[name] = slices.Clone(list[:half])
 	other := l.name(l.generation)
 	l.slices[other] = slices.Clone(list[half:])
-	if err := b.putSlice(g, k, l, name); err != nil {
+	if err := b.putSlice(g, k, l, name, record); err != nil {
 		return err
 	}
-	return b.putSlice(g, k, l, other)
+	return b.putSlice(g, k, l, other, record)
 }
 
 // stage writes a record that is too much for one transaction: every slice anew under the
@@ -176,7 +193,7 @@ func (b *baseline) stage(k string, record *federation.Record, stored *layout, ch
 	for chunk := range slices.Chunk(record.Endpoints, sliceEndpoints) {
 		name := next.name(next.generation)
 		next.slices[name] = slices.Clone(chunk)
-		if err := b.putSlice(slicesGroup, k, next, name); err != nil {
+		if err := b.putSlice(slicesGroup, k, next, name, nil); err != nil {
 			return nil, err
 		}
 	}

@@ -22,8 +22,13 @@ type replica struct {
 	revision int64
 	hashes   map[string]uint64 // of every value, to see at once whether it differs
 
+	names    registry.Interner
+	expected map[string]expectation // what sessions of this process are about to write
+
 	members    map[federation.ClusterID]*memberState
 	records    map[federation.SourceID]map[federation.ServiceName]*recordState
+	bundles    map[string][]*federation.Workload // by key
+	leaving    map[string][]*federation.Workload // by key: those of before, of bundles that changed
 	workloads  map[federation.WorkloadKey]*federation.Workload
 	gateways   map[string]*federation.Gateway // by key
 	objects    map[string]*federation.Object  // by key
@@ -60,14 +65,22 @@ type memberState struct {
 
 // recordState is a record as it is stored, in pieces.
 type recordState struct {
-	head   *headValue
+	head   *headState
 	slices map[string]*sliceState
+	whole  *federation.Record // what a session of this process takes it to be; nil if unknown
 	record *federation.Record // nil until there is a head
+}
+
+// headState is a record whose endpoints do not count.
+type headState struct {
+	Generation int64
+	record     *federation.Record
 }
 
 type sliceState struct {
 	generation int64
 	endpoints  []federation.Endpoint
+	record     *federation.Record // only while it is expected: the record that it makes whole
 }
 
 type vmState struct {
@@ -88,6 +101,9 @@ func newReplica(seed maphash.Seed) *replica {
 		hashes:        map[string]uint64{},
 		members:       map[federation.ClusterID]*memberState{},
 		records:       map[federation.SourceID]map[federation.ServiceName]*recordState{},
+		expected:      map[string]expectation{},
+		bundles:       map[string][]*federation.Workload{},
+		leaving:       map[string][]*federation.Workload{},
 		workloads:     map[federation.WorkloadKey]*federation.Workload{},
 		gateways:      map[string]*federation.Gateway{},
 		objects:       map[string]*federation.Object{},
@@ -113,10 +129,12 @@ func newReplica(seed maphash.Seed) *replica {
 	}
 }
 
+func (r *replica) hash(value []byte) uint64 { return maphash.Bytes(r.seed, value) }
+
 // put takes in one value. A value that cannot be understood leaves what was there before
 // and is quarantined.
 func (r *replica) put(k string, value []byte, created int64) {
-	hash := maphash.Bytes(r.seed, value)
+	hash := r.hash(value)
 	if old, ok := r.hashes[k]; ok && old == hash && !strings.HasPrefix(k, sessionsPrefix) {
 		return
 	}
@@ -126,6 +144,9 @@ func (r *replica) put(k string, value []byte, created int64) {
 	r.hashes[k] = hash
 	delete(r.quarantine, k)
 	delete(r.newer, k)
+	if r.takeExpected(k, hash) {
+		return
+	}
 	err := r.take(k, value, created)
 	if err == nil {
 		return
@@ -145,7 +166,7 @@ func (r *replica) take(k string, value []byte, created int64) error {
 	case strings.HasPrefix(k, recordsPrefix):
 		return r.takeRecord(k, value)
 	case strings.HasPrefix(k, workloadsPrefix):
-		return r.takeWorkload(k, value)
+		return r.takeWorkloads(k, value)
 	case strings.HasPrefix(k, gatewaysPrefix):
 		return r.takeGateway(k, value)
 	case strings.HasPrefix(k, configPrefix):
@@ -177,12 +198,14 @@ func (r *replica) takeRecord(k string, value []byte) error {
 			return err
 		}
 		head.Source, head.Name, head.Endpoints = source, name, nil
-	} else if slice.generation, slice.endpoints, err = decodeSlice(value); err != nil {
+	} else if slice.generation, slice.endpoints, err = decodeSlice(value, &r.names); err != nil {
 		return err
 	}
 	state := r.recordState(source, name)
+	state.whole = nil
 	if len(p) == 3 {
-		state.head = &head
+		head.Labels = r.names.Labels(head.Labels)
+		state.head = &headState{head.Generation, &head.Record}
 	} else {
 		state.slices[p[3]] = &slice
 	}
@@ -208,48 +231,6 @@ func (r *replica) recordState(source federation.SourceID, name federation.Servic
 func (r *replica) dirtyRecord(source federation.SourceID, name federation.ServiceName) {
 	r.records[source][name].record = nil
 	r.dirtyServices[name] = true
-}
-
-// assemble makes the record of a head and the slices of its generation.
-func (s *recordState) assemble() *federation.Record {
-	if s.record != nil || s.head == nil {
-		return s.record
-	}
-	record := s.head.Record
-	visible := make([]*sliceState, 0, len(s.slices))
-	total := 0
-	for _, slice := range s.slices {
-		if slice.generation == s.head.Generation && len(slice.endpoints) > 0 {
-			visible = append(visible, slice)
-			total += len(slice.endpoints)
-		}
-	}
-	if len(visible) == 1 {
-		record.Endpoints = visible[0].endpoints // ordered when it was written
-	} else if total > 0 {
-		record.Endpoints = make([]federation.Endpoint, 0, total)
-		for _, slice := range visible {
-			record.Endpoints = append(record.Endpoints, slice.endpoints...)
-		}
-		slices.SortFunc(record.Endpoints, func(a, b federation.Endpoint) int { return cmp.Compare(a.Key(), b.Key()) })
-	}
-	s.record = &record
-	return s.record
-}
-
-func (r *replica) takeWorkload(k string, value []byte) error {
-	p, err := parts(k, workloadsPrefix, 2, 2)
-	if err != nil {
-		return err
-	}
-	var v workloadValue
-	if err := decode(value, &v, &v.version); err != nil {
-		return err
-	}
-	v.Source, v.UID = federation.SourceID(p[0]), p[1]
-	r.workloads[federation.WorkloadKey{Source: v.Source, UID: v.UID}] = &v.Workload
-	r.dirtyWork = true
-	return nil
 }
 
 func (r *replica) takeGateway(k string, value []byte) error {
@@ -475,10 +456,7 @@ func (r *replica) remove(k string) {
 	case strings.HasPrefix(k, recordsPrefix):
 		r.removeRecord(k)
 	case strings.HasPrefix(k, workloadsPrefix):
-		if p, err := parts(k, workloadsPrefix, 2, 2); err == nil {
-			delete(r.workloads, federation.WorkloadKey{Source: federation.SourceID(p[0]), UID: p[1]})
-			r.dirtyWork = true
-		}
+		r.setBundle(k, nil)
 	case strings.HasPrefix(k, gatewaysPrefix):
 		delete(r.gateways, k)
 		r.dirtyGateways = true
@@ -519,6 +497,7 @@ func (r *replica) removeRecord(k string) {
 	if state == nil {
 		return
 	}
+	state.whole = nil
 	if len(p) == 3 {
 		state.head = nil
 	} else {

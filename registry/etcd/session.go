@@ -210,6 +210,7 @@ func (s *session) Lost() <-chan struct{} { return s.lost }
 // Close implements registry.Session.
 func (s *session) Close(ctx context.Context) error {
 	s.end()
+	s.store.forget(s.source)
 	ctx, cancel := context.WithTimeout(ctx, s.store.config.Patience)
 	defer cancel()
 	return s.lease.end(ctx)

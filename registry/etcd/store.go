@@ -311,7 +311,7 @@ func (s *Store) list(ctx context.Context) (int64, error) {
 				revision = page.Header.Revision
 			}
 			for _, kv := range page.Kvs {
-				kvs = append(kvs, keyValue{strings.TrimPrefix(string(kv.Key), s.prefix), kv.Value, kv.CreateRevision})
+				kvs = append(kvs, keyValue{key: strings.TrimPrefix(string(kv.Key), s.prefix), value: kv.Value, created: kv.CreateRevision})
 			}
 			if !page.More {
 				break
@@ -333,6 +333,7 @@ type keyValue struct {
 	key     string
 	value   []byte
 	created int64
+	means   any // see expectation
 }
 
 // endStaleSessions removes the sessions of earlier processes.
