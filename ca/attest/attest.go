@@ -19,6 +19,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -160,6 +161,9 @@ type Attestor struct {
 	replay replay
 
 	waiting atomic.Int64 // callers in present that wait
+
+	unknownMu sync.Mutex
+	unknown   chan struct{} // closed at the next token of an unknown key
 }
 
 // maxWaiting bounds how many callers wait for the registry at once; the others are told to come again.
@@ -179,7 +183,22 @@ func New(cfg Config) (*Attestor, error) {
 	if cfg.Clock == nil {
 		cfg.Clock = time.Now
 	}
-	return &Attestor{cfg: cfg}, nil
+	return &Attestor{cfg: cfg, unknown: make(chan struct{})}, nil
+}
+
+// UnknownKeys returns a channel that is closed when somebody next shows a Kubernetes token of a key that no joined
+// cluster has: one of them may have a new key. Anybody can show such a token.
+func (a *Attestor) UnknownKeys() <-chan struct{} {
+	a.unknownMu.Lock()
+	defer a.unknownMu.Unlock()
+	return a.unknown
+}
+
+func (a *Attestor) tellUnknown() {
+	a.unknownMu.Lock()
+	defer a.unknownMu.Unlock()
+	close(a.unknown)
+	a.unknown = make(chan struct{})
 }
 
 // Attest is for whoever wants a certificate. Everything is checked and nothing used up; see Commit. The

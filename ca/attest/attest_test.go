@@ -116,6 +116,37 @@ func TestClusterIsTheOneWhoseKeyVerifies(t *testing.T) {
 	}
 }
 
+// Whoever keeps the keys of clusters hears of a token of a key that none of them has, and of no other.
+func TestUnknownKeysAreTold(t *testing.T) {
+	t.Parallel()
+	east, stranger := catest.NewCluster(t, "east-uid"), catest.NewCluster(t, "stranger")
+	a := attestor(t, attest.Config{Clusters: clusters{joined(east, "east")}})
+	told := func(c <-chan struct{}) bool {
+		select {
+		case <-c:
+			return true
+		default:
+			return false
+		}
+	}
+	known := east.Token(t, "shop", "reviews", "reviews-0", "uid-0")
+	for _, test := range []struct {
+		what, token string
+		want        bool
+	}{
+		{"a good token", known, false},
+		{"one with a broken signature", known[:len(known)-4] + "AAAA", false},
+		{"no token", "x.y.z", false},
+		{"a token of a key nobody has", stranger.Token(t, "shop", "reviews", "reviews-0", "uid-0"), true},
+	} {
+		next := a.UnknownKeys()
+		a.Authenticate(t.Context(), attest.Evidence{Bearer: test.token})
+		if got := told(next); got != test.want {
+			t.Errorf("%s: told %v, want %v", test.what, got, test.want)
+		}
+	}
+}
+
 // A claim that is missing, wrong or too weak (A10, A11).
 func TestTokenClaims(t *testing.T) {
 	t.Parallel()

@@ -129,8 +129,10 @@ func (a *Attestor) verifyToken(token string, all []ClusterKeys) (ClusterKeys, []
 	}
 	var found ClusterKeys
 	var payload []byte
+	known := false
 	for _, cluster := range all {
 		for _, key := range a.keys.of(cluster) {
+			known = known || key.KeyID == header.KeyID
 			if key.KeyID != header.KeyID || key.Algorithm != "" && key.Algorithm != header.Algorithm {
 				continue
 			}
@@ -143,6 +145,9 @@ func (a *Attestor) verifyToken(token string, all []ClusterKeys) (ClusterKeys, []
 			}
 			found, payload = cluster, verified
 		}
+	}
+	if !known {
+		a.tellUnknown()
 	}
 	if payload == nil {
 		return ClusterKeys{}, nil, fmt.Errorf("no joined cluster has signed this token (key %.80q)", header.KeyID)

@@ -19,7 +19,7 @@ func (d *daemon) wireSources(context.Context) error {
 		Cluster: func(m *registry.Member) registry.Source {
 			return kube.NewSource(kube.SourceConfig{
 				Store: d.store, ID: m.ID, Replica: d.replica, Log: d.log.With("component", "kube", "name", m.Name),
-				Roots: func() []byte { return d.authority.Bundle().PEM() },
+				Roots: func() []byte { return d.authority.Bundle().PEM() }, UnknownKeys: d.attestor.UnknownKeys,
 			})
 		},
 		VMs: func(n federation.Network) registry.Source { return vm.NewSource(d.store, n) },

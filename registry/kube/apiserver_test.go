@@ -38,6 +38,7 @@ type cluster struct {
 	etcdPort int
 	admin    *rest.Config
 	client   *dynamic.DynamicClient
+	keys     []string // of service account tokens, files; the first one signs
 	mu       sync.Mutex
 	server   *exec.Cmd
 }
@@ -72,7 +73,10 @@ func startCluster(t testing.TB) *cluster {
 	etcd := binary(t, "etcd-v3.7.3", "etcd")
 	binary(t, "kubernetes-v1.36.3", "kube-apiserver")
 	c := &cluster{t: t, dir: t.TempDir(), port: freePort(t), etcdPort: freePort(t)}
-	c.writeKeys()
+	c.writeKey("sa.key")
+	if err := os.WriteFile(filepath.Join(c.dir, "tokens.csv"), []byte("admin-token,admin,admin,system:masters\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	peer := freePort(t)
 	c.run(exec.Command(etcd, "--data-dir", filepath.Join(c.dir, "etcd"), "--unsafe-no-fsync", "--log-level", "error",
 		"--listen-client-urls", fmt.Sprintf("http://127.0.0.1:%d", c.etcdPort), "--advertise-client-urls", fmt.Sprintf("http://127.0.0.1:%d", c.etcdPort),
@@ -92,7 +96,9 @@ func startCluster(t testing.TB) *cluster {
 
 func (c *cluster) url() string { return fmt.Sprintf("https://127.0.0.1:%d", c.port) }
 
-func (c *cluster) writeKeys() {
+// writeKey makes a key that signs tokens from the next start on; older ones go on being
+// published. It returns the public half.
+func (c *cluster) writeKey(name string) *ecdsa.PublicKey {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		c.t.Fatal(err)
@@ -101,14 +107,12 @@ func (c *cluster) writeKeys() {
 	if err != nil {
 		c.t.Fatal(err)
 	}
-	for name, data := range map[string][]byte{
-		"sa.key":     pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: der}),
-		"tokens.csv": []byte("admin-token,admin,admin,system:masters\n"),
-	} {
-		if err := os.WriteFile(filepath.Join(c.dir, name), data, 0o600); err != nil {
-			c.t.Fatal(err)
-		}
+	file := filepath.Join(c.dir, name)
+	if err := os.WriteFile(file, pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: der}), 0o600); err != nil {
+		c.t.Fatal(err)
 	}
+	c.keys = append([]string{file}, c.keys...)
+	return &key.PublicKey
 }
 
 // run starts a process that ends with the test.
@@ -138,9 +142,12 @@ func (c *cluster) start() {
 		"--cert-dir="+filepath.Join(c.dir, "certs"), fmt.Sprintf("--etcd-servers=http://127.0.0.1:%d", c.etcdPort),
 		"--service-cluster-ip-range=10.96.0.0/16", "--authorization-mode=RBAC", "--token-auth-file="+filepath.Join(c.dir, "tokens.csv"),
 		"--service-account-issuer=https://kubernetes.default.svc.cluster.local", "--api-audiences=https://kubernetes.default.svc.cluster.local",
-		"--service-account-key-file="+filepath.Join(c.dir, "sa.key"), "--service-account-signing-key-file="+filepath.Join(c.dir, "sa.key"),
+		"--service-account-signing-key-file="+c.keys[0],
 		"--endpoint-reconciler-type=none", "--disable-admission-plugins=ServiceAccount", "--allow-privileged=true",
 		"--enable-priority-and-fairness=false")
+	for _, file := range c.keys {
+		cmd.Args = append(cmd.Args, "--service-account-key-file="+file)
+	}
 	c.mu.Lock()
 	c.server = c.run(cmd, "apiserver")
 	c.mu.Unlock()

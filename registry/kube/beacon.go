@@ -51,6 +51,12 @@ func (r *run) beat(ctx context.Context) {
 		case ctx.Err() != nil:
 			return
 		case reached(err):
+			if !since.IsZero() {
+				select {
+				case r.again <- struct{}{}:
+				default:
+				}
+			}
 			since = time.Time{}
 			r.observe(federation.Condition{Type: federation.Reachable, Status: true, Reason: "Answers"})
 		default:

@@ -72,7 +72,7 @@ type caches struct {
 	dirtyAll   bool
 	dirtyIstio bool
 
-	// Only level uses these: what it made last.
+	// Only level uses these: what it made last. (Findings also come from elsewhere.)
 	last     registry.Level
 	findings map[string]federation.Finding // by object
 	ports    map[string]map[uint32]uint32  // target ports, shared

@@ -71,7 +71,7 @@ func TestAddressesThatNoWorkloadHas(t *testing.T) {
 }
 
 // member is caches that a test fills as reflectors would.
-func member(t *testing.T, budget Budget) *caches {
+func member(t testing.TB, budget Budget) *caches {
 	t.Helper()
 	m := &registry.Member{Cluster: federation.Cluster{ID: "uid-1", Name: "east", Network: "n1"}}
 	c := newCaches(m, budget, func() {})

@@ -41,6 +41,14 @@ type SourceConfig struct {
 	// API server may take to answer it; zero means 2.5 s.
 	Beat, Patience time.Duration
 
+	// UnknownKeys returns a channel that is closed when somebody next shows a token of a key
+	// that no member has; nil if nobody tells.
+	UnknownKeys func() <-chan struct{}
+
+	// Keys is how often the member is asked for the keys of its service account tokens, if
+	// nothing else makes it; zero means 2 min.
+	Keys time.Duration
+
 	// Discovery is how often the member is asked for kinds that it did not have; zero
 	// means 10 s.
 	Discovery time.Duration
@@ -67,7 +75,7 @@ func NewSource(config SourceConfig) *Source {
 	for _, d := range []struct {
 		field *time.Duration
 		value time.Duration
-	}{{&config.Beat, 5 * time.Second}, {&config.Patience, 2500 * time.Millisecond}, {&config.Discovery, 10 * time.Second}} {
+	}{{&config.Beat, 5 * time.Second}, {&config.Patience, 2500 * time.Millisecond}, {&config.Discovery, 10 * time.Second}, {&config.Keys, 2 * time.Minute}} {
 		if *d.field == 0 {
 			*d.field = d.value
 		}
@@ -101,6 +109,7 @@ type run struct {
 	wake   chan struct{}
 	access atomic.Pointer[access]
 	usable chan struct{} // closed when there is an access
+	again  chan struct{} // the API server answers again
 
 	// guardMu lets one goroutine at a time ask who the cluster is.
 	guardMu  sync.Mutex
@@ -120,7 +129,7 @@ func (s *Source) Run(ctx context.Context, sink registry.Sink) error {
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	r := &run{Source: s, sink: sink, wake: make(chan struct{}, 1), usable: make(chan struct{})}
+	r := &run{Source: s, sink: sink, wake: make(chan struct{}, 1), usable: make(chan struct{}), again: make(chan struct{}, 1)}
 	snapshot, _ := s.config.Store.Snapshot()
 	r.caches = newCaches(m, s.config.Budget, r.wakeUp)
 	r.caches.know(snapshot)
@@ -130,6 +139,7 @@ func (s *Source) Run(ctx context.Context, sink registry.Sink) error {
 	wg.Go(func() { r.keepAccess(ctx) })
 	wg.Go(func() { r.beat(ctx) })
 	wg.Go(func() { r.renew(ctx) })
+	wg.Go(func() { r.keepKeys(ctx) })
 	wg.Go(func() { r.followCore(ctx, &wg) })
 	wg.Go(func() { r.discover(ctx, &wg) })
 	if s.config.Roots != nil {

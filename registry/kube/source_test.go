@@ -5,6 +5,7 @@ package kube_test
 import (
 	"context"
 	"crypto/tls"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -17,6 +18,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/go-jose/go-jose/v4"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -127,13 +129,17 @@ func (b *bed) sync(t *testing.T, change func(*kube.SourceConfig)) (stop func()) 
 		level = slog.LevelDebug
 	}
 	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
-	b.config = kube.SourceConfig{Store: b.store, ID: b.member.ID, Beat: 500 * time.Millisecond, Patience: time.Second, Discovery: 500 * time.Millisecond, Log: log}
+	b.config = kube.SourceConfig{Store: b.store, ID: b.member.ID, Beat: 500 * time.Millisecond, Patience: time.Second, Discovery: 500 * time.Millisecond, Keys: time.Second, Log: log}
 	if change != nil {
 		change(&b.config)
 	}
 	b.runner = registry.NewRunner(registry.RunnerConfig{
 		Store: b.store, Log: log,
-		Cluster: func(*registry.Member) registry.Source { return kube.NewSource(b.config) },
+		Cluster: func(m *registry.Member) registry.Source {
+			config := b.config
+			config.ID = m.ID
+			return kube.NewSource(config)
+		},
 	})
 	return b.goRun(t, b.runner.Run)
 }
@@ -283,6 +289,8 @@ func TestSource(t *testing.T) {
 	t.Run("networks of pods and namespaces", func(t *testing.T) { networks(t, b) })
 	t.Run("credentials are renewed", func(t *testing.T) { credentialsAreRenewed(t, b) })
 	t.Run("an API server that is away", func(t *testing.T) { apiServerAway(t, b) })
+	t.Run("a signing key that is rotated", func(t *testing.T) { keyRotated(t, b) })
+	t.Run("a signing key that another cluster has", func(t *testing.T) { keyTaken(t, b) })
 	stop()
 	t.Run("a kind that is forbidden after a restart", func(t *testing.T) { forbidden(t, b) })
 	t.Run("credentials that have expired", func(t *testing.T) { expired(t, b) })
@@ -481,6 +489,75 @@ func apiServerAway(t *testing.T, b *bed) {
 	b.service("shop", "after", nil)
 	b.sees(t, "changes arrive again", func(s *federation.Snapshot) bool { return b.record(s, "shop", "after") != nil })
 	t.Logf("fresh again after %v", time.Since(back).Round(time.Millisecond))
+}
+
+func (b *bed) thumbprints(t *testing.T) []string {
+	t.Helper()
+	list, err := registry.KeyThumbprints(b.store.Members()[b.member.ID].IssuerKeys)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return list
+}
+
+func keyRotated(t *testing.T, b *bed) {
+	old := b.thumbprints(t)
+	b.stop()
+	b.writeKey("second.key")
+	b.start()
+	b.eventually(t, "both keys are registered", func() bool {
+		now := b.thumbprints(t)
+		return len(now) == 2 && slices.Contains(now, old[0])
+	})
+	b.stop()
+	b.writeKey("third.key")
+	b.keys = b.keys[:2] // the first one is not published any more
+	b.start()
+	// The reader's token was signed with it.
+	if err := b.store.SetCredentials(t.Context(), b.member.ID, b.tokens(t, time.Hour)); err != nil {
+		t.Fatal(err)
+	}
+	b.eventually(t, "the key that is not published any more is gone", func() bool {
+		now := b.thumbprints(t)
+		return len(now) == 2 && !slices.Contains(now, old[0])
+	})
+}
+
+func keyTaken(t *testing.T, b *bed) {
+	before := b.thumbprints(t)
+	b.stop()
+	public := b.writeKey("taken.key")
+	keys, err := json.Marshal(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: public, KeyID: "k", Use: "sig", Algorithm: "ES256"}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	other := registrytest.Member(t, "uid-other", "other")
+	other.IssuerKeys = keys
+	if _, err := b.store.Join(t.Context(), other, registrytest.Token("t"), false); err != nil {
+		t.Fatal(err)
+	}
+	b.start()
+	b.eventually(t, "a finding names the other cluster", func() bool {
+		for _, s := range b.runner.Sources() {
+			for _, f := range s.Findings {
+				if f.Code == "MESH1012" && strings.Contains(f.Message, `"other"`) {
+					return true
+				}
+			}
+		}
+		return false
+	})
+	if now := b.thumbprints(t); !slices.Equal(now, before) {
+		t.Errorf("keys %v became %v", before, now)
+	}
+	if err := b.store.Leave(t.Context(), other.ID); err != nil {
+		t.Fatal(err)
+	}
+	b.eventually(t, "it is registered once nobody else has it", func() bool { return len(b.thumbprints(t)) == 3 })
+	b.eventually(t, "the finding has gone", func() bool {
+		s := b.runner.Sources()
+		return len(s) == 1 && !slices.ContainsFunc(s[0].Findings, func(f federation.Finding) bool { return f.Code == "MESH1012" })
+	})
 }
 
 func forbidden(t *testing.T, b *bed) {
