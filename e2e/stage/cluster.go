@@ -12,6 +12,7 @@ import (
 	"sync"
 
 	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
 
@@ -92,7 +93,8 @@ func (s *Stage) Cluster(ctx context.Context, name string, config ClusterConfig) 
 }
 
 // Deploy applies a workload, with its proxy unless it says otherwise, and waits until
-// all its pods are ready.
+// all its pods are ready and, where it has a Service, the cluster's controllers have made
+// them its endpoints: what the mesh knows of it follows from those.
 func (s *Stage) Deploy(ctx context.Context, cluster string, w Workload) error {
 	manifests, err := w.Manifest()
 	if err != nil {
@@ -106,7 +108,44 @@ func (s *Stage) Deploy(ctx context.Context, cluster string, w Workload) error {
 			return err
 		}
 	}
-	return s.WaitPods(ctx, cluster, w.Namespace+"/"+w.Name, max(1, w.Replicas))
+	if err := s.WaitPods(ctx, cluster, w.Namespace+"/"+w.Name, max(1, w.Replicas)); err != nil || len(w.Ports) == 0 {
+		return err
+	}
+	return s.waitEndpoints(ctx, cluster, w.Namespace, w.Name, max(1, w.Replicas))
+}
+
+// waitEndpoints waits until the EndpointSlices of a Service have that many ready pods.
+func (s *Stage) waitEndpoints(ctx context.Context, cluster, namespace, service string, n int) error {
+	c, err := s.cluster(cluster)
+	if err != nil {
+		return err
+	}
+	_, err = Until(ctx, Patience, func() error {
+		list, err := c.Client().DiscoveryV1().EndpointSlices(namespace).List(ctx, metav1.ListOptions{
+			LabelSelector: labels.Set{discoveryv1.LabelServiceName: service}.String(),
+		})
+		if err != nil {
+			return err
+		}
+		ready := map[string]bool{}
+		for _, slice := range list.Items {
+			for _, e := range slice.Endpoints {
+				if e.TargetRef != nil && isReady(e) {
+					ready[e.TargetRef.Name] = true
+				}
+			}
+		}
+		if len(ready) != n {
+			return fmt.Errorf("service %s/%s in %s has %d ready endpoints, want %d", namespace, service, cluster, len(ready), n)
+		}
+		return nil
+	})
+	return err
+}
+
+// isReady reads the condition as clients of EndpointSlices must: absent means ready.
+func isReady(e discoveryv1.Endpoint) bool {
+	return e.Conditions.Ready == nil || *e.Conditions.Ready
 }
 
 // WaitPods waits until that many pods of a workload ("namespace/app") are ready.
