@@ -47,6 +47,7 @@ func (m *ingestMetrics) collect(ch chan<- prometheus.Metric) {
 
 var (
 	holdingDesc = prometheus.NewDesc("isthmus_source_syncing", "1 where this replica syncs the source.", []string{"source"}, nil)
+	exposedDesc = prometheus.NewDesc("isthmus_source_from_memory", "1 where what the source says is shown without being stored, because the store does not take it.", []string{"source"}, nil)
 	beaconDesc  = prometheus.NewDesc("isthmus_source_beacon_age_seconds", "Age of the youngest timestamp that came back from the source.", []string{"source"}, nil)
 	lagDesc     = prometheus.NewDesc("isthmus_source_lag_seconds", "How long the last beacon travelled.", []string{"source"}, nil)
 	findingDesc = prometheus.NewDesc("isthmus_source_findings", "Findings about the source's objects.", []string{"source"}, nil)
@@ -62,15 +63,22 @@ func (r *Runner) Collect(ch chan<- prometheus.Metric) {
 		gauge := func(desc *prometheus.Desc, value float64) {
 			ch <- prometheus.MustNewConstMetric(desc, prometheus.GaugeValue, value, string(s.Source))
 		}
-		if !s.Holding {
-			gauge(holdingDesc, 0)
+		gauge(holdingDesc, truth(s.Holding))
+		gauge(exposedDesc, truth(!s.Exposed.IsZero()))
+		if !s.Watching {
 			continue
 		}
-		gauge(holdingDesc, 1)
 		gauge(findingDesc, float64(len(s.Findings)))
 		if !s.Status.Beacon.IsZero() {
 			gauge(beaconDesc, time.Since(s.Status.Beacon).Seconds())
 			gauge(lagDesc, s.Status.Lag.Seconds())
 		}
 	}
+}
+
+func truth(b bool) float64 {
+	if b {
+		return 1
+	}
+	return 0
 }

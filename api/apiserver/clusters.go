@@ -101,14 +101,15 @@ func (s *Server) clusters(ctx context.Context) []*api.Cluster {
 	return out
 }
 
-// sourceStates are the sources that this replica syncs.
+// sourceStates are the sources that this replica looks at: those it syncs, and while the
+// store is away all others too.
 func (s *Server) sourceStates() map[federation.SourceID]registry.SourceState {
 	out := map[federation.SourceID]registry.SourceState{}
 	if s.cfg.Sources == nil {
 		return out
 	}
 	for _, state := range s.cfg.Sources.Sources() {
-		if state.Holding {
+		if state.Holding || state.Watching {
 			out[state.Source] = state
 		}
 	}
@@ -204,7 +205,9 @@ const freshFor = 12 * time.Second
 
 // live fills in what is known only while a source is synced here.
 func (s *Server) live(st *api.ClusterStatus, state registry.SourceState, conditions map[string]federation.Condition) {
-	st.SyncedBy = s.cfg.Replica
+	if state.Holding {
+		st.SyncedBy = s.cfg.Replica
+	}
 	st.KubernetesVersion = state.Status.Version
 	st.CredentialsExpire = stamp(state.Status.CredentialsExpire)
 	st.LastSynced = stamp(state.Stored)

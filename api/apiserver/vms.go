@@ -206,10 +206,7 @@ func vmOut(vm *registry.VM) *api.VM {
 
 // ListVMs implements api.AdminServer.
 func (s *Server) ListVMs(ctx context.Context, req *api.ListVMsRequest) (*api.VMList, error) {
-	unspent, err := s.cfg.Tokens.List(ctx)
-	if err != nil {
-		s.cfg.Log.Warn("join tokens cannot be listed", "error", err)
-	}
+	unspent := s.unspentTokens(ctx)
 	connected := map[registry.VMName]*api.Proxy{}
 	for _, p := range s.proxies(ctx) {
 		if p.GetRole() == string(federation.VMRole) {
@@ -232,6 +229,24 @@ func (s *Server) ListVMs(ctx context.Context, req *api.ListVMsRequest) (*api.VML
 		return nil, unknownVM(req.GetName(), vms)
 	}
 	return out, nil
+}
+
+// tokenPatience bounds a look at the unspent tokens, which are in the store.
+const tokenPatience = time.Second
+
+// unspentTokens is empty where it does not matter, and while the store is away: what is
+// known of the machines is shown all the same.
+func (s *Server) unspentTokens(ctx context.Context) []ca.JoinToken {
+	if len(s.cfg.Store.VMs()) == 0 || s.cfg.Store.Health().Degraded {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, tokenPatience)
+	defer cancel()
+	unspent, err := s.cfg.Tokens.List(ctx)
+	if err != nil {
+		s.cfg.Log.Warn("join tokens cannot be listed", "error", err)
+	}
+	return unspent
 }
 
 func unknownVM(name string, vms map[registry.VMName]*registry.VM) error {

@@ -89,6 +89,10 @@ func (d *daemon) authenticate(ctx context.Context) (xdsserver.Peer, error) {
 	if err != nil {
 		return xdsserver.Peer{}, err
 	}
+	// A replica that was paused serves nobody what it knew before.
+	if err := d.store.Current(ctx); err != nil {
+		return xdsserver.Peer{}, status.Errorf(codes.Unavailable, "this replica has slept and is catching up: %v", err)
+	}
 	who, err := d.attestor.Authenticate(ctx, evidence)
 	if err != nil {
 		return xdsserver.Peer{}, refusal(err)
