@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 
@@ -52,10 +53,23 @@ func wordProcess(ctx context.Context, s *scene) error {
 	if err != nil {
 		return err
 	}
+	if args[0] == "etcd" && s.etcd != nil {
+		return s.etcdProcess(ctx, rest)
+	}
 	p, err := s.process(args[0], rest)
 	if err != nil {
 		return err
 	}
+	if c, ok := s.Controls()[args[0]]; ok && s.verb == "start" {
+		took, err := c.Restart(ctx)
+		s.out = fmt.Sprintf("ready after %v\n", took.Round(time.Millisecond))
+		return err
+	}
+	return s.treat(p)
+}
+
+// treat does to one process what the verb says.
+func (s *scene) treat(p *bed.Process) error {
 	switch s.verb {
 	case "crash":
 		return p.Kill()
@@ -66,21 +80,49 @@ func wordProcess(ctx context.Context, s *scene) error {
 	case "resume":
 		return p.Resume()
 	}
-	if c, ok := s.Controls()[args[0]]; ok {
-		took, err := c.Restart(ctx)
-		s.out = fmt.Sprintf("ready after %v\n", took.Round(time.Millisecond))
-		return err
-	}
 	return p.Start()
+}
+
+// etcdProcess treats all members of the external etcd, or its leader: to start that is to
+// start the members that do not run.
+func (s *scene) etcdProcess(ctx context.Context, rest []string) error {
+	members := s.etcd.Members
+	switch {
+	case len(rest) == 0:
+	case rest[0] != "leader":
+		return fmt.Errorf("etcd %q: want leader, or nothing for all members", rest)
+	case s.verb == "start":
+		members = slices.DeleteFunc(slices.Clone(members), (*bed.Process).Running)
+	default:
+		client, err := s.etcdClient(ctx)
+		if err != nil {
+			return err
+		}
+		defer client.Close()
+		for i, endpoint := range s.etcd.Endpoints() {
+			attempt, cancel := context.WithTimeout(ctx, stage.Patience)
+			status, err := client.Status(attempt, endpoint)
+			cancel()
+			if err != nil {
+				return err
+			}
+			if status.Leader == status.Header.MemberId {
+				members, s.out = members[i:i+1], fmt.Sprintf("member %d\n", i+1)
+				break
+			}
+		}
+	}
+	var errs []error
+	for _, p := range members {
+		errs = append(errs, s.treat(p))
+	}
+	return errors.Join(errs...)
 }
 
 // process finds a meshd by its name, or a part of a cluster's control plane, or etcd.
 func (s *scene) process(name string, rest []string) (*bed.Process, error) {
 	if c, ok := s.Controls()[name]; ok {
 		return c.Process, nil
-	}
-	if name == "etcd" && s.etcd != nil {
-		return s.etcd.Members[0], nil
 	}
 	c, err := s.ClusterNamed(name)
 	if err != nil {

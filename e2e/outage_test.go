@@ -320,15 +320,7 @@ func wordEtcdState(ctx context.Context, s *scene) error {
 	if err != nil {
 		return err
 	}
-	if s.etcd == nil {
-		return errors.New("there is no external etcd")
-	}
-	client, err := clientv3.New(clientv3.Config{
-		Endpoints: s.etcd.Endpoints(), TLS: s.etcd.TLS(), Context: ctx,
-		DialOptions: []grpc.DialOption{grpc.WithContextDialer(func(ctx context.Context, address string) (net.Conn, error) {
-			return s.Laptop.Dial(ctx, "tcp", address)
-		})},
-	})
+	client, err := s.etcdClient(ctx)
 	if err != nil {
 		return err
 	}
@@ -343,4 +335,17 @@ func wordEtcdState(ctx context.Context, s *scene) error {
 		s.out += fmt.Sprintf("%s written by revision %d\n", kv.Key, kv.ModRevision)
 	}
 	return nil
+}
+
+// etcdClient is a client of the external etcd.
+func (s *scene) etcdClient(ctx context.Context) (*clientv3.Client, error) {
+	if s.etcd == nil {
+		return nil, errors.New("there is no external etcd")
+	}
+	return clientv3.New(clientv3.Config{
+		Endpoints: s.etcd.Endpoints(), TLS: s.etcd.TLS(), Context: ctx,
+		DialOptions: []grpc.DialOption{grpc.WithContextDialer(func(ctx context.Context, address string) (net.Conn, error) {
+			return s.Laptop.Dial(ctx, "tcp", address)
+		})},
+	})
 }
