@@ -3,11 +3,17 @@
 package main
 
 import (
+	"bytes"
 	"net/netip"
 	"testing"
 
+	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	"golang.org/x/net/http2"
+	"google.golang.org/protobuf/proto"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/client-go/kubernetes/scheme"
+
+	"github.com/isthmus-mesh/isthmus/federation"
 )
 
 func TestQuantile(t *testing.T) {
@@ -49,6 +55,57 @@ func TestEveryFigureHasOneScene(t *testing.T) {
 	b := &bench{wanted: []string{"propagation-p50-ms", "propagation-p5-ms"}}
 	if got := b.unknown(); got != "propagation-p5-ms" {
 		t.Errorf("unknown figure: got %q", got)
+	}
+}
+
+func TestEnvelope(t *testing.T) {
+	t.Parallel()
+	message, err := proto.Marshal(&discoveryv3.DeltaDiscoveryResponse{
+		TypeUrl: "a type", Nonce: "7", RemovedResources: []string{"x"}, Resources: []*discoveryv3.Resource{{Name: "r", Version: "1"}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if typeURL, nonce, err := envelope(message); string(typeURL) != "a type" || string(nonce) != "7" || err != nil {
+		t.Errorf("%q %q %v", typeURL, nonce, err)
+	}
+	if _, _, err := envelope([]byte{0xff}); err == nil {
+		t.Error("no error for what is no message")
+	}
+}
+
+func TestDataFrames(t *testing.T) {
+	t.Parallel()
+	for _, size := range []int{0, 1, 16379, 16380, 40000} {
+		raw := dataFrame(make([]byte, size))
+		f, got := http2.NewFramer(nil, bytes.NewReader(raw)), 0
+		for {
+			frame, err := f.ReadFrame()
+			if err != nil {
+				break
+			}
+			got += len(frame.(*http2.DataFrame).Data())
+		}
+		if got != size+5 {
+			t.Errorf("%d bytes became %d with their prefix", size, got)
+		}
+	}
+}
+
+func TestEngineWorldFlaps(t *testing.T) {
+	t.Parallel()
+	w := engineWorld{Services: 3, Proxies: 2, Classes: 1}
+	w.build()
+	before := w.snapshot
+	after := w.flap(engineService(0))
+	if got := before.Records[engineService(0)][0].Endpoints[0].Health; got != federation.Ready {
+		t.Errorf("the snapshot before was changed: %s", got)
+	}
+	if got := after.Records[engineService(0)][0].Endpoints[0].Health; got != federation.NotReady {
+		t.Errorf("after the flap: %s", got)
+	}
+	if len(after.Workloads) != 3 || w.proxy(2).Namespace != lone {
+		t.Errorf("%d workloads, the last in %s", len(after.Workloads), w.proxy(2).Namespace)
 	}
 }
 

@@ -35,36 +35,55 @@ type scene struct {
 	figures []figure
 	atMost  time.Duration
 	play    func(ctx context.Context, b *bench) error
+	bare    bool // needs no test bed
 }
 
 // figure is one number of the table.
 type figure struct {
 	name, unit string
-	target     float64 // at most; 0 if it is only reported
+	target     float64 // at most; 0 if it is only reported, none if it should be 0
 }
+
+// none is the target of what should not be at all.
+const none = -1
 
 func scenes() []scene {
 	return []scene{
 		{"fleet", []figure{
 			{"memory-1000x10-mib", "MiB", 150}, {"etcd-bytes-per-change", "bytes", 8192},
 			{"etcd-txn-per-change", "transactions", 1}, {"ready-members-dead-s", "s", 3},
-		}, 4 * time.Minute, playFleet},
-		{"clusters", []figure{{"memory-per-cluster-mib", "MiB", 10}}, 4 * time.Minute, playClusters},
-		{"flat", []figure{{"propagation-p50-ms", "ms", 30}, {"propagation-p99-ms", "ms", 100}}, 3 * time.Minute, playFlat},
-		{"gateway", []figure{{"gateway-hop-p99-ms", "ms", 0}}, 4 * time.Minute, playGateway},
+		}, 4 * time.Minute, playFleet, false},
+		{"clusters", []figure{{"memory-per-cluster-mib", "MiB", 10}}, 4 * time.Minute, playClusters, false},
+		{"flat", []figure{{"propagation-p50-ms", "ms", 30}, {"propagation-p99-ms", "ms", 100}}, 3 * time.Minute, playFlat, false},
+		{"gateway", []figure{{"gateway-hop-p99-ms", "ms", 0}}, 4 * time.Minute, playGateway, false},
+		{"engine", []figure{
+			{"flap-vs-grpc", "ratio", 1.25}, {"flap-vs-floor", "ratio", 2.6}, {"allocs-per-push", "allocations", none},
+			{"unconcerned-us", "µs", 150}, {"cold-cpu-ms-per-proxy", "ms", 3}, {"memory-kb-per-proxy", "KiB", 64},
+		}, 10 * time.Minute, playEngine, true},
 	}
 }
 
 func main() {
+	if role := os.Getenv(subjectRole); role != "" {
+		if err := serveSubject(role); err != nil {
+			fmt.Fprintf(os.Stderr, "bench: %s: %v\n", role, err)
+			os.Exit(1)
+		}
+		return
+	}
 	kubelet.Shim()
 	flag.Usage = usage
 	keep := flag.String("keep-logs", "", "folder for the logs of all processes")
+	proxies := flag.Int("proxies", 2000, "how many proxies the engine's figures are measured with")
 	flag.Parse()
-	b := &bench{wanted: flag.Args(), keepLogs: *keep}
+	b := &bench{wanted: flag.Args(), keepLogs: *keep, proxies: *proxies}
 	if unknown := b.unknown(); unknown != "" {
 		fmt.Fprintf(os.Stderr, "bench: there is no figure %q\n", unknown)
 		usage()
 		os.Exit(2)
+	}
+	if b.bare() {
+		os.Exit(b.Run())
 	}
 	remove, err := stage.BuildPrograms(context.Background())
 	if err != nil {
@@ -77,7 +96,7 @@ func main() {
 }
 
 func usage() {
-	fmt.Fprintln(os.Stderr, "usage: bench [-keep-logs DIR] [FIGURE ...]\n\nfigures:")
+	fmt.Fprintln(os.Stderr, "usage: bench [-keep-logs DIR] [-proxies N] [FIGURE ...]\n\nfigures:")
 	for _, s := range scenes() {
 		for _, f := range s.figures {
 			fmt.Fprintf(os.Stderr, "  %s (%s)\n", f.name, f.unit)
@@ -89,7 +108,13 @@ func usage() {
 type bench struct {
 	wanted   []string // empty means all
 	keepLogs string
+	proxies  int
 	start    time.Time
+}
+
+// bare tells that nothing that is wanted needs a test bed.
+func (b *bench) bare() bool {
+	return len(b.wanted) > 0 && !slices.ContainsFunc(scenes(), func(s scene) bool { return !s.bare && slices.ContainsFunc(b.wanted, s.has) })
 }
 
 func (b *bench) unknown() string {
@@ -166,7 +191,9 @@ func (b *bench) report(name string, value float64, note string, args ...any) {
 				Target *float64 `json:"target"`
 				Note   string   `json:"note"`
 			}{Bench: name, Value: round(value), Unit: f.unit, Note: fmt.Sprintf(note, args...)}
-			if f.target > 0 {
+			if f.target == none {
+				f.target, line.Target = 0, &f.target
+			} else if f.target > 0 {
 				line.Target = &f.target
 			}
 			if err := json.NewEncoder(os.Stdout).Encode(line); err != nil {
