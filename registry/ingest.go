@@ -197,13 +197,9 @@ func (i *Ingest) Run(ctx context.Context, source Source) error {
 	go func() { defer close(exposed); i.exposer.run(exposing) }()
 	defer func() { i.stop(); stop(); <-exposed }()
 	defer i.setHolding(false)
-	retry := i.newBackOff()
+	retry, failing := i.newBackOff(), false
 	for {
-		if i.running == nil && i.storeIsAway() {
-			i.log.Warn("the store is away: looking at the source without it")
-			i.start(ctx, source)
-		}
-		session, err := i.config.Store.Begin(ctx, i.config.SourceID)
+		session, err := i.begin(ctx, source)
 		if !errors.Is(err, ErrHeld) {
 			i.settled = time.Time{}
 		}
@@ -218,14 +214,43 @@ func (i *Ingest) Run(ctx context.Context, source Source) error {
 		case errors.Is(err, ErrHeld):
 			i.yield()
 		case err != nil:
-			i.log.Warn("cannot get the session of the source", "error", err)
+			level := slog.LevelWarn
+			if failing {
+				level = slog.LevelDebug // an outage is one line
+			}
+			failing = true
+			i.log.Log(ctx, level, "cannot get the session of the source", "error", err)
 		default:
 			retry.Reset()
+			failing = false
 			i.take(ctx, source, session)
 			continue
 		}
 		if !i.sleep(ctx, retry.NextBackOff()) {
 			return nil
+		}
+	}
+}
+
+// begin asks for the session of the source, and meanwhile sees to it that the source is
+// looked at if the store turns out to be away.
+func (i *Ingest) begin(ctx context.Context, source Source) (session Session, err error) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		session, err = i.config.Store.Begin(ctx, i.config.SourceID)
+	}()
+	look := time.NewTicker(i.config.Retry / 4)
+	defer look.Stop()
+	for {
+		if i.running == nil && i.storeIsAway() {
+			i.log.Warn("the store is away: looking at the source without it")
+			i.start(ctx, source)
+		}
+		select {
+		case <-done:
+			return session, err
+		case <-look.C:
 		}
 	}
 }

@@ -252,8 +252,13 @@ func (c *slogCore) Check(e zapcore.Entry, checked *zapcore.CheckedEntry) *zapcor
 
 func (c *slogCore) Write(e zapcore.Entry, fields []zapcore.Field) error {
 	level := c.level(e.Level)
-	if strings.HasPrefix(e.Message, "setting up serving from embedded etcd failed") {
-		level = slog.LevelDebug // how every orderly end of its listener is told
+	for _, noise := range []string{
+		"setting up serving from embedded etcd failed", // how every orderly end of its listener is told
+		"retrying of unary invoker failed",             // every attempt of an outage, of which the store tells once
+	} {
+		if strings.HasPrefix(e.Message, noise) {
+			level = slog.LevelDebug
+		}
 	}
 	m := zapcore.NewMapObjectEncoder()
 	for _, f := range append(c.fields[:len(c.fields):len(c.fields)], fields...) {
