@@ -18,7 +18,7 @@ import (
 type baseline struct {
 	seed       maphash.Seed
 	hashes     map[string]uint64 // of every value that is stored
-	layouts    map[federation.ServiceName]*layout
+	layouts    map[federation.ServiceName]packedLayout
 	conditions []federation.Condition
 
 	// What the last level had: the same pointer needs no second look.
@@ -27,7 +27,6 @@ type baseline struct {
 	objects  map[string]*federation.Object // by key
 
 	// How workloads are spread over bundles, and which of those are not as they should be.
-	workloads  map[string]placed // by UID
 	bundles    map[string][]*federation.Workload
 	stale      map[string]bool
 	nextBundle int
@@ -44,18 +43,45 @@ type layout struct {
 	slices     map[string][]federation.Endpoint
 }
 
+// packedLayout is a layout as it is kept: there are many, mostly of one slice.
+type packedLayout struct {
+	generation int64
+	next       int
+	slices     []packedSlice
+}
+
+type packedSlice struct {
+	name      string
+	endpoints []federation.Endpoint
+}
+
+func (l *layout) pack() packedLayout {
+	p := packedLayout{l.generation, l.next, make([]packedSlice, 0, len(l.slices))}
+	for name, endpoints := range l.slices {
+		p.slices = append(p.slices, packedSlice{name, endpoints})
+	}
+	return p
+}
+
+func (p packedLayout) unpack() *layout {
+	l := &layout{p.generation, p.next, make(map[string][]federation.Endpoint, len(p.slices))}
+	for _, s := range p.slices {
+		l.slices[s.name] = s.endpoints
+	}
+	return l
+}
+
 // baseline collects what is stored for one source.
 func (r *replica) baseline(source federation.SourceID) *baseline {
 	b := &baseline{
-		seed:      r.seed,
-		hashes:    map[string]uint64{},
-		layouts:   map[federation.ServiceName]*layout{},
-		records:   map[federation.ServiceName]*federation.Record{},
-		workloads: map[string]placed{},
-		bundles:   map[string][]*federation.Workload{},
-		stale:     map[string]bool{},
-		gateways:  map[string]*federation.Gateway{},
-		objects:   map[string]*federation.Object{},
+		seed:     r.seed,
+		hashes:   map[string]uint64{},
+		layouts:  map[federation.ServiceName]packedLayout{},
+		records:  map[federation.ServiceName]*federation.Record{},
+		bundles:  map[string][]*federation.Workload{},
+		stale:    map[string]bool{},
+		gateways: map[string]*federation.Gateway{},
+		objects:  map[string]*federation.Object{},
 	}
 	escaped := key("", string(source))
 	for k, hash := range r.hashes {
@@ -96,15 +122,15 @@ func (b *baseline) takeLayout(source federation.SourceID, name federation.Servic
 	if state.head != nil {
 		l.generation = state.head.Generation
 	}
-	for sliceName, slice := range state.slices {
-		l.reserve(sliceName)
+	for _, slice := range state.slices {
+		l.reserve(slice.name)
 		if state.head != nil && slice.generation == l.generation {
-			l.slices[sliceName] = slice.endpoints
+			l.slices[slice.name] = slice.endpoints
 		} else {
-			b.garbage = append(b.garbage, recordKey(source, name)+"/"+key("", sliceName))
+			b.garbage = append(b.garbage, recordKey(source, name)+"/"+key("", slice.name))
 		}
 	}
-	b.layouts[name] = l
+	b.layouts[name] = l.pack()
 }
 
 // stored tells whether a key holds exactly these bytes.
@@ -313,8 +339,8 @@ func (b *baseline) planGone(source federation.SourceID, records map[federation.S
 			}
 		}
 		slices.Sort(g.deletes)
-		for _, endpoints := range b.layouts[name].slices {
-			g.changes = appendChanges(g.changes, name, endpoints, nil)
+		for _, slice := range b.layouts[name].slices {
+			g.changes = appendChanges(g.changes, name, slice.endpoints, nil)
 		}
 		add(g, nil)
 	}
@@ -337,10 +363,6 @@ func (b *baseline) wanted(k string) bool {
 	if err != nil {
 		return false
 	}
-	l := b.layouts[federation.ServiceName{Namespace: p[1], Name: p[2]}]
-	if l == nil || len(p) == 3 {
-		return l != nil
-	}
-	_, used := l.slices[p[3]]
-	return used
+	l, known := b.layouts[federation.ServiceName{Namespace: p[1], Name: p[2]}]
+	return known && (len(p) == 3 || slices.ContainsFunc(l.slices, func(s packedSlice) bool { return s.name == p[3] }))
 }

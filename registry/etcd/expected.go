@@ -15,6 +15,7 @@ import (
 
 // expectation is what a value will mean, if it has that hash.
 type expectation struct {
+	key   string
 	hash  uint64
 	means any // []*federation.Workload, *headState or *sliceState
 }
@@ -27,7 +28,7 @@ func (s *Store) expect(groups []*group) {
 	for _, g := range groups {
 		for _, kv := range g.puts {
 			if kv.means != nil {
-				s.replica.expected[kv.key] = expectation{s.replica.hash(kv.value), kv.means}
+				s.replica.expected[kv.key] = expectation{kv.key, s.replica.hash(kv.value), kv.means}
 			}
 		}
 	}
@@ -66,13 +67,27 @@ func (r *replica) takeExpected(k string, hash uint64) bool {
 	case *headState:
 		state.head, state.whole = means, means.record
 	case *sliceState:
-		state.slices[p[3]] = means
+		state.setSlice(means)
 		if means.record != nil {
 			state.whole, means.record = means.record, nil
 		}
 	}
 	r.dirtyRecord(source, name)
 	return true
+}
+
+func (s *recordState) setSlice(slice *sliceState) {
+	for i := range s.slices {
+		if s.slices[i].name == slice.name {
+			s.slices[i] = slice
+			return
+		}
+	}
+	s.slices = append(s.slices, slice)
+}
+
+func (s *recordState) dropSlice(name string) {
+	s.slices = slices.DeleteFunc(s.slices, func(slice *sliceState) bool { return slice.name == name })
 }
 
 // assemble makes the record of a head and the slices of its generation. It is the very

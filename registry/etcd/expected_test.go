@@ -44,7 +44,7 @@ func (p *pair) apply(t *testing.T, level *registry.Level) {
 	p.operations = 0
 	for _, g := range groups {
 		for _, kv := range g.puts {
-			p.near.expected[kv.key] = expectation{p.near.hash(kv.value), kv.means}
+			p.near.expected[kv.key] = expectation{kv.key, p.near.hash(kv.value), kv.means}
 			if len(kv.value) > 8<<10 {
 				t.Errorf("%s has %d bytes", kv.key, len(kv.value))
 			}

@@ -42,9 +42,9 @@ func (l *layout) name(generation int64) string {
 // not fit into a transaction, slices of the next generation, then the head, then what is
 // left over.
 func (b *baseline) planRecord(source federation.SourceID, record *federation.Record) ([]*group, error) {
-	stored := b.layouts[record.Name]
-	if stored == nil {
-		stored = &layout{generation: 1}
+	stored := &layout{generation: 1}
+	if packed, ok := b.layouts[record.Name]; ok {
+		stored = packed.unpack()
 	}
 	next := &layout{generation: stored.generation, next: stored.next, slices: map[string][]federation.Endpoint{}}
 	g := &group{}
@@ -57,7 +57,7 @@ func (b *baseline) planRecord(source federation.SourceID, record *federation.Rec
 	}
 	g.changes = appendChanges(g.changes, record.Name, flatten(stored.slices), record.Endpoints)
 	done := func() {
-		b.layouts[record.Name] = next
+		b.layouts[record.Name] = next.pack()
 		b.records[record.Name] = record
 	}
 	if len(g.puts)+len(g.deletes) <= txnOperations {
@@ -171,7 +171,7 @@ func (b *baseline) putSlice(g *group, k string, l *layout, name string, record *
 		return err
 	}
 	if len(value) <= sliceBytes || len(list) == 1 {
-		g.put(b, k+"/"+name, value, &sliceState{l.generation, list, record})
+		g.put(b, k+"/"+name, value, &sliceState{name, l.generation, list, record})
 		return nil
 	}
 	half := len(list) / 2
@@ -202,7 +202,7 @@ func (b *baseline) stage(k string, record *federation.Record, stored *layout, ch
 		groups = append(groups, &group{puts: []keyValue{kv}})
 	}
 	head := &group{changes: changes, done: func() {
-		b.layouts[record.Name] = next
+		b.layouts[record.Name] = next.pack()
 		b.records[record.Name] = record
 	}}
 	if err := b.putHead(head, k, record, next.generation); err != nil {

@@ -66,7 +66,7 @@ type memberState struct {
 // recordState is a record as it is stored, in pieces.
 type recordState struct {
 	head   *headState
-	slices map[string]*sliceState
+	slices []*sliceState      // mostly one
 	whole  *federation.Record // what a session of this process takes it to be; nil if unknown
 	record *federation.Record // nil until there is a head
 }
@@ -78,6 +78,7 @@ type headState struct {
 }
 
 type sliceState struct {
+	name       string
 	generation int64
 	endpoints  []federation.Endpoint
 	record     *federation.Record // only while it is expected: the record that it makes whole
@@ -135,6 +136,9 @@ func (r *replica) hash(value []byte) uint64 { return maphash.Bytes(r.seed, value
 // and is quarantined.
 func (r *replica) put(k string, value []byte, created int64) {
 	hash := r.hash(value)
+	if e, ok := r.expected[k]; ok {
+		k = e.key // the one that the session keeps too
+	}
 	if old, ok := r.hashes[k]; ok && old == hash && !strings.HasPrefix(k, sessionsPrefix) {
 		return
 	}
@@ -207,7 +211,8 @@ func (r *replica) takeRecord(k string, value []byte) error {
 		head.Labels = r.names.Labels(head.Labels)
 		state.head = &headState{head.Generation, &head.Record}
 	} else {
-		state.slices[p[3]] = &slice
+		slice.name = p[3]
+		state.setSlice(&slice)
 	}
 	r.dirtyRecord(source, name)
 	return nil
@@ -221,7 +226,7 @@ func (r *replica) recordState(source federation.SourceID, name federation.Servic
 	}
 	state := byName[name]
 	if state == nil {
-		state = &recordState{slices: map[string]*sliceState{}}
+		state = &recordState{}
 		byName[name] = state
 	}
 	return state
@@ -501,7 +506,7 @@ func (r *replica) removeRecord(k string) {
 	if len(p) == 3 {
 		state.head = nil
 	} else {
-		delete(state.slices, p[3])
+		state.dropSlice(p[3])
 	}
 	r.dirtyRecord(source, name)
 	if state.head == nil && len(state.slices) == 0 {

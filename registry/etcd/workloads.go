@@ -202,16 +202,11 @@ func (r *replica) gatherWorkloads() {
 	r.leaving = map[string][]*federation.Workload{}
 }
 
-// placed is a workload and the name of the bundle that it is stored in.
-type placed struct {
-	workload *federation.Workload
-	bundle   string
-}
-
 // takeBundles collects the workloads that are stored for a source. A bundle that cannot be
 // right is stale: it is written again with the next level that knows workloads.
 func (b *baseline) takeBundles(source federation.SourceID, r *replica) {
 	prefix := key(workloadsPrefix, string(source)) + "/"
+	seen := map[string]bool{}
 	for _, k := range slices.Sorted(maps.Keys(b.hashes)) {
 		name, ok := strings.CutPrefix(k, prefix)
 		if !ok {
@@ -224,11 +219,11 @@ func (b *baseline) takeBundles(source federation.SourceID, r *replica) {
 		b.stale[name] = corrupt || len(r.bundles[k]) == 0
 		var list []*federation.Workload
 		for _, w := range r.bundles[k] {
-			if _, twice := b.workloads[w.UID]; twice {
+			if seen[w.UID] {
 				b.stale[name] = true
 				continue
 			}
-			b.workloads[w.UID] = placed{w, name}
+			seen[w.UID] = true
 			list = append(list, w)
 		}
 		b.bundles[name] = list
@@ -241,40 +236,22 @@ func (b *baseline) planWorkloads(source federation.SourceID, workloads map[strin
 	if workloads == nil {
 		return nil
 	}
-	next := b.changedBundles(workloads)
-	var fresh []*federation.Workload
-	for uid, w := range workloads {
-		if b.workloads[uid].workload == nil {
-			fresh = append(fresh, w)
-		}
+	next, stored := b.changedBundles(workloads)
+	if stored < len(workloads) {
+		b.placeWorkloads(next, b.freshWorkloads(workloads))
 	}
-	// Neighbours have much in common.
-	slices.SortFunc(fresh, func(a, c *federation.Workload) int {
-		return cmp.Or(cmp.Compare(a.Namespace, c.Namespace), cmp.Compare(a.Name, c.Name), cmp.Compare(a.UID, c.UID))
-	})
-	b.placeWorkloads(next, fresh)
 	for _, name := range slices.Sorted(maps.Keys(next)) {
 		g := &group{}
 		after := map[string][]*federation.Workload{}
 		if err := b.planBundle(g, source, name, next[name], after); err != nil {
 			return err
 		}
-		before := b.bundles[name]
 		g.done = func() {
 			delete(b.stale, name)
-			for _, w := range before {
-				if b.workloads[w.UID].bundle == name {
-					delete(b.workloads, w.UID)
-				}
-			}
 			for name, list := range after {
-				b.bundles[name] = list
-				for _, w := range list {
-					b.workloads[w.UID] = placed{w, name}
+				if b.bundles[name] = list; len(list) == 0 {
+					delete(b.bundles, name)
 				}
-			}
-			if len(b.bundles[name]) == 0 {
-				delete(b.bundles, name)
 			}
 		}
 		add(g, nil)
@@ -283,27 +260,50 @@ func (b *baseline) planWorkloads(source federation.SourceID, workloads map[strin
 }
 
 // changedBundles are the bundles that are stored otherwise than a level wants them, as it
-// wants them.
-func (b *baseline) changedBundles(workloads map[string]*federation.Workload) map[string][]*federation.Workload {
-	next := map[string][]*federation.Workload{}
-	for name, stale := range b.stale {
-		if stale {
-			next[name] = nil
+// wants them, and how many of its workloads are stored at all.
+func (b *baseline) changedBundles(workloads map[string]*federation.Workload) (next map[string][]*federation.Workload, stored int) {
+	next = map[string][]*federation.Workload{}
+	for name, list := range b.bundles {
+		changed := b.stale[name]
+		for _, w := range list {
+			now := workloads[w.UID]
+			changed = changed || now != w
+			if now != nil {
+				stored++
+			}
 		}
-	}
-	for uid, have := range b.workloads {
-		if workloads[uid] != have.workload {
-			next[have.bundle] = nil
+		if !changed {
+			continue
 		}
-	}
-	for name := range next {
-		for _, w := range b.bundles[name] {
+		next[name] = nil
+		for _, w := range list {
 			if now := workloads[w.UID]; now != nil {
 				next[name] = append(next[name], now)
 			}
 		}
 	}
-	return next
+	return next, stored
+}
+
+// freshWorkloads are those of a level that no bundle has, neighbours beside each other:
+// they have much in common.
+func (b *baseline) freshWorkloads(workloads map[string]*federation.Workload) []*federation.Workload {
+	stored := make(map[string]bool, len(workloads))
+	for _, list := range b.bundles {
+		for _, w := range list {
+			stored[w.UID] = true
+		}
+	}
+	var fresh []*federation.Workload
+	for uid, w := range workloads {
+		if !stored[uid] {
+			fresh = append(fresh, w)
+		}
+	}
+	slices.SortFunc(fresh, func(a, c *federation.Workload) int {
+		return cmp.Or(cmp.Compare(a.Namespace, c.Namespace), cmp.Compare(a.Name, c.Name), cmp.Compare(a.UID, c.UID))
+	})
+	return fresh
 }
 
 // placeWorkloads finds a bundle for each of those that have none.

@@ -107,6 +107,7 @@ func newCaches(m *registry.Member, budget Budget, wake func()) *caches {
 	c.services = newTable(names, c.reduce.service, same[*serviceRow], c.serviceChanged)
 	c.slices = newTable(names, c.reduce.endpointSlice, same[*sliceRow], c.sliceChanged)
 	c.pods = newTable(names, c.reduce.pod, same[*podRow], c.podChanged)
+	c.reduce.pods = c.pods.get
 	c.nodes = newTable(names, node, same[*nodeRow], func(registry.ObjectName, **nodeRow, **nodeRow) { c.changeAll() })
 	c.namespaces = newTable(names, namespace, same[*namespaceRow], func(_ registry.ObjectName, before, after **namespaceRow) {
 		if before != nil && after != nil && (*before).network == (*after).network {

@@ -123,6 +123,7 @@ func same[T any](a, b T) bool { return reflect.DeepEqual(a, b) }
 // reducer makes rows of objects. What rows have in common with others is shared.
 type reducer struct {
 	names registry.Interner
+	pods  func(registry.ObjectName) (*podRow, bool) // those that are known
 
 	mu     sync.Mutex
 	places map[place]*place
@@ -377,6 +378,9 @@ func (d *reducer) endpoint(namespace string, e *discoveryv1.Endpoint) (sliceEndp
 	row.addr = addr
 	if t := e.TargetRef; t != nil && t.Kind == "Pod" && (t.Namespace == "" || t.Namespace == namespace) {
 		row.pod, row.uid = t.Name, string(t.UID)
+		if p, ok := d.pods(registry.ObjectName{Namespace: namespace, Name: t.Name}); ok && p.uid == row.uid {
+			row.pod, row.uid = p.name, p.uid // the same strings
+		}
 	}
 	row.place, row.hostname = d.place(deref(e.NodeName), deref(e.Zone)), deref(e.Hostname)
 	row.ready = e.Conditions.Ready == nil || *e.Conditions.Ready

@@ -328,6 +328,13 @@ func (r *run) followCore(ctx context.Context, wg *sync.WaitGroup) {
 		r.caches.namespaces.follow(ctx, "namespaces", &corev1.Namespace{}, r.typed(core, "namespaces", "", ""), r.guard)
 	})
 	wg.Go(func() {
+		// Pods first: slices name them, and share their strings. There is no level without
+		// either of them anyway.
+		for !r.caches.pods.state().settled() {
+			if !pause(ctx, settle) {
+				return
+			}
+		}
 		slices := func(a *API) restClient { return a.discovery }
 		r.caches.slices.follow(ctx, "endpointslices", &discoveryv1.EndpointSlice{}, r.typed(slices, "endpointslices", "", ""), r.guard)
 	})
