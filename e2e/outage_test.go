@@ -38,10 +38,12 @@ import (
 //	operate NAME ARG…                  meshd ARG… with the data directory of a replica, on its host
 //	lose NAME                          a replica's data directory, but for the sealing key, which was kept
 //	renew CLUSTER NS/APP               its first pod's agent renews its certificate
+//	rotate-key CLUSTER                 its API server signs tokens with another key from now on
 var outageWords = map[string]word{
 	"assignment": wordAssignment, "restart-proxy": wordRestartProxy, "renew": wordRenew,
 	"forbid": wordForbid, "allow": wordForbid, "follow": wordFollow, "followed": wordFollowed,
 	"front": wordFront, "meanwhile": wordMeanwhile, "etcd-state": wordEtcdState, "portion": wordPortion, "operate": wordOperate, "lose": wordLose,
+	"rotate-key": wordRotateKey,
 }
 
 // wordAssignment prints the load assignments of a host as Envoy holds them, in an order
@@ -128,6 +130,18 @@ func (s *scene) uptime(ctx context.Context, cluster, pod string) (time.Duration,
 		return 0, fmt.Errorf("Envoy in %s is not live:\n%s", pod, info)
 	}
 	return time.ParseDuration(m[1])
+}
+
+func wordRotateKey(ctx context.Context, s *scene) error {
+	args, _, err := s.need(1)
+	if err != nil {
+		return err
+	}
+	c, err := s.ClusterNamed(args[0])
+	if err != nil {
+		return err
+	}
+	return c.RotateSigningKey(ctx)
 }
 
 // wordRenew makes an agent renew its certificate, and waits until its Envoy uses the new one.

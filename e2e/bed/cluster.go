@@ -144,6 +144,28 @@ func (c *Cluster) signingKey() (private, public []byte, err error) {
 // SigningKeyFile holds, in PEM, the RSA key that signs service account tokens.
 func (c *Cluster) SigningKeyFile() string { return filepath.Join(c.dir(), "sa.key") }
 
+// RotateSigningKey restarts the control plane with another key that signs service account
+// tokens. The old ones go on being accepted and published.
+func (c *Cluster) RotateSigningKey(ctx context.Context) error {
+	before, err := os.ReadFile(filepath.Join(c.dir(), "sa.pub"))
+	if err != nil {
+		return err
+	}
+	private, public, err := signingKey()
+	if err != nil {
+		return err
+	}
+	if err := writeFiles(c.dir(), map[string][]byte{"sa.key": private, "sa.pub": append(public, before...)}); err != nil {
+		return err
+	}
+	for _, p := range []*Process{c.APIServer, c.ControllerManager} {
+		if err := errors.Join(p.Kill(), p.Start()); err != nil {
+			return err
+		}
+	}
+	return c.WaitReady(ctx)
+}
+
 // connect makes the client of the administrator.
 func (c *Cluster) connect() (err error) {
 	c.client, err = kubernetes.NewForConfig(c.Config())
