@@ -401,6 +401,10 @@ func (i *Ingest) hold(ctx context.Context, session Session) {
 			if ctx.Err() != nil {
 				return
 			}
+			if errors.Is(err, ErrFenced) {
+				i.log.Warn("lost the session of the source", "error", err)
+				return
+			}
 			i.metrics.failures.Inc()
 			i.log.Warn("cannot store what the source reports", "error", err)
 			pause = retry.NextBackOff()

@@ -87,7 +87,7 @@ func (s *Server) clusters(ctx context.Context) []*api.Cluster {
 	elsewhere := false
 	for _, m := range s.cfg.Store.Members() {
 		state, mine := states[m.Source()]
-		elsewhere = elsewhere || !mine
+		elsewhere = elsewhere || !state.Holding
 		c := s.describe(m, state, mine, snapshot)
 		t := counts[m.Source()]
 		c.Status.Services, c.Status.Endpoints = t.services, t.endpoints
