@@ -33,6 +33,8 @@ type Resource struct {
 	// Body is the deterministic wire encoding of the message, as it stands in the value
 	// of a google.protobuf.Any.
 	Body []byte
+
+	fragment []byte // around Body; nil for those that NewResource did not make
 }
 
 // Resources is everything the proxies of one class are told: by type URL, each list
@@ -55,7 +57,9 @@ func NewResource(name string, m proto.Message) (Resource, error) {
 	if err != nil {
 		return Resource{}, err
 	}
-	return Resource{Name: name, Version: versionOf(body), Body: body}, nil
+	version := versionOf(body)
+	fragment := encodeFragment(name, version, typeOf(m), body)
+	return Resource{Name: name, Version: version, Body: within(fragment, name, body), fragment: fragment}, nil
 }
 
 // versionOf is a cryptographic hash, since a tenant who can make two bodies with the same

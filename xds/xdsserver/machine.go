@@ -3,6 +3,7 @@
 package xdsserver
 
 import (
+	"maps"
 	"slices"
 	"sort"
 	"strconv"
@@ -48,7 +49,20 @@ type response struct {
 	nonce     string
 	version   string // SotW
 	resources []xds.Resource
-	removed   []string // delta
+	removed   []string    // delta
+	whole     *difference // delta: it is this, for whoever it is sent to
+}
+
+// names are those of what is sent and taken away. They are shared.
+func (r *response) names() []string {
+	if r.whole != nil {
+		return r.whole.names
+	}
+	out := make([]string, 0, len(r.resources)+len(r.removed))
+	for _, res := range r.resources {
+		out = append(out, res.Name)
+	}
+	return append(out, r.removed...)
 }
 
 // refusal is a response that the proxy did not accept.
@@ -64,8 +78,10 @@ type machine struct {
 	resources xds.Resources
 	subs      map[string]*subscription
 	nonces    uint64
+	diffs     *differences
 
-	// recluster are the clusters that were sent on this stream.
+	// recluster are the clusters that were sent on this stream before it asked for
+	// endpoints.
 	recluster map[string]bool
 }
 
@@ -74,13 +90,14 @@ type subscription struct {
 	typeURL  string
 	wildcard bool
 	named    bool // a name was once given: from then on no name means nothing
-	names    map[string]bool
-	sent     map[string]xds.Resource // what it has, as far as was sent; bodies may be missing
-	force    map[string]bool         // to be sent again, or said to be missing, whatever it has
-	answer   bool                    // asked, and not answered at all yet
-	dirty    bool                    // may lack something
-	fresh    []xds.Resource          // what it lacks, while not dirty
-	gone     []string                // what it has and should not, while not dirty
+	names    names
+	held     holding         // as far as was sent; bodies may be missing
+	force    map[string]bool // to be sent again, or said to be missing, whatever it has
+	answer   bool            // asked, and not answered at all yet
+	dirty    bool            // may lack something
+	fresh    []xds.Resource  // what it lacks, while not dirty
+	gone     []string        // what it has and should not, while not dirty
+	whole    *difference     // what fresh and gone are, while not dirty and if they are all of it
 
 	lastNonce string
 	inFlight  string
@@ -92,10 +109,35 @@ type subscription struct {
 }
 
 func newMachine(sotw bool) *machine {
-	return &machine{
-		sotw: sotw, subs: map[string]*subscription{},
-		recluster: map[string]bool{},
+	return &machine{sotw: sotw, subs: map[string]*subscription{}, diffs: &differences{}}
+}
+
+// wants tells whether the proxy has asked for a name.
+func (s *subscription) wants(name string) bool { return s.wildcard || s.names.has(name) }
+
+// has finds what the proxy has under a name.
+func (s *subscription) has(name string) (xds.Resource, bool) {
+	if !s.wants(name) {
+		return xds.Resource{}, false
 	}
+	return s.held.get(name)
+}
+
+// must makes a name be sent, or be said to be missing.
+func (s *subscription) must(name string) {
+	if s.force == nil {
+		s.force = map[string]bool{}
+	}
+	s.force[name] = true
+	s.dirty = true
+}
+
+// want adds a name, of which the proxy has nothing yet.
+func (s *subscription) want(name string) {
+	if !s.wants(name) {
+		s.held.remove(name)
+	}
+	s.names.put(name, true)
 }
 
 // collection tells whether "no name" means all of a type, as it was before "*" existed.
@@ -129,7 +171,7 @@ func (m *machine) request(r request, now time.Time) {
 	sub, first := m.subs[r.typeURL], false
 	if sub == nil {
 		first = true
-		sub = &subscription{typeURL: r.typeURL, names: map[string]bool{}, sent: map[string]xds.Resource{}, force: map[string]bool{}, answer: true}
+		sub = &subscription{typeURL: r.typeURL, answer: true}
 		m.subs[r.typeURL] = sub
 	}
 	if !first && r.nonce != "" && r.nonce == sub.inFlight {
@@ -206,41 +248,52 @@ func (m *machine) subscribeAll(s *subscription, r request, first bool) {
 		s.wildcard = collection(s.typeURL)
 	} else {
 		s.named = true
-		wanted := make(map[string]bool, len(r.names))
-		for _, n := range r.names {
-			if n != wildcardName {
-				wanted[n] = true
-			}
-		}
-		s.wildcard = slices.Contains(r.names, wildcardName)
-		for n := range wanted {
-			if !s.names[n] {
-				s.force[n] = true
-			}
-		}
-		for n := range s.sent {
-			if !wanted[n] && !s.wildcard {
-				delete(s.sent, n)
-				delete(s.force, n)
-			}
-		}
-		s.names = wanted
+		s.replaceNames(r.names)
 	}
 	// A proxy that comes back with the very same whole is current. Versions are hashes of
 	// content, so a restart cannot make them equal by accident.
 	if first && s.wildcard && r.version != "" && r.version == setVersion(m.resources[s.typeURL]) {
-		for _, res := range m.resources[s.typeURL] {
-			s.sent[res.Name] = res
-		}
+		s.held.rebase(m.resources[s.typeURL])
 		s.answer = false
 	}
+}
+
+// replaceNames makes the proxy want these names only.
+func (s *subscription) replaceNames(list []string) {
+	wanted := make(map[string]bool, len(list))
+	for _, n := range list {
+		if n != wildcardName {
+			wanted[n] = true
+		}
+	}
+	for n := range wanted {
+		if !s.names.has(n) {
+			s.want(n)
+			s.must(n)
+		}
+	}
+	for _, n := range slices.Collect(s.names.each) {
+		if !wanted[n] {
+			s.names.put(n, false)
+			delete(s.force, n)
+		}
+	}
+	s.setWildcard(slices.Contains(list, wildcardName))
+}
+
+// setWildcard makes the proxy want everything, or its names only.
+func (s *subscription) setWildcard(on bool) {
+	if on && !s.wildcard {
+		s.held.keep(s.names.has) // it has kept nothing else
+	}
+	s.wildcard = on
 }
 
 // subscribeSome applies a delta request.
 func (m *machine) subscribeSome(s *subscription, r request, first bool) {
 	if first {
 		for name, version := range r.initial {
-			s.sent[name] = xds.Resource{Name: name, Version: version}
+			s.held.set(xds.Resource{Name: name, Version: version})
 		}
 		if len(r.subscribe) == 0 && len(r.unsubscribe) == 0 {
 			s.wildcard = collection(s.typeURL)
@@ -252,34 +305,38 @@ func (m *machine) subscribeSome(s *subscription, r request, first bool) {
 			if !first || s.wildcard {
 				m.forgetVersions(s)
 			}
-			s.wildcard = true
+			if first {
+				s.wildcard = true // and what it says to have is part of that
+			} else {
+				s.setWildcard(true)
+			}
 			s.answer = true
 			continue
 		}
-		s.names[n] = true
+		if first {
+			s.names.put(n, true) // it may have said that it has it
+		} else {
+			s.want(n)
+		}
 		if !first || !m.current(s, n) {
-			s.force[n] = true
+			s.must(n)
 		}
 	}
 	for _, n := range r.unsubscribe {
 		s.unsubscribe(n)
 	}
-	if !s.wildcard {
-		for n := range s.sent {
-			if !s.names[n] {
-				delete(s.sent, n)
-			}
-		}
-	}
 	if first && len(r.initial) > 0 {
 		s.answer = false
+	}
+	if first && s.typeURL == xds.EndpointType {
+		m.recluster = nil // from now on clusters say themselves what they need
 	}
 }
 
 // current tells whether what a returning proxy says to have needs no sending. Endpoints
 // of a cluster that was sent on this stream do: the cluster waits for them.
 func (m *machine) current(s *subscription, name string) bool {
-	has, ok := s.sent[name]
+	has, ok := s.has(name)
 	if !ok || s.typeURL == xds.EndpointType && m.recluster[name] {
 		return false
 	}
@@ -288,26 +345,26 @@ func (m *machine) current(s *subscription, name string) bool {
 }
 
 func (m *machine) forgetVersions(s *subscription) {
-	for n, r := range s.sent {
+	for _, r := range s.held.among(s.wants) {
 		r.Version = ""
-		s.sent[n] = r
+		s.held.set(r)
 	}
 }
 
 func (s *subscription) unsubscribe(name string) {
 	if name == wildcardName {
-		s.wildcard, s.named = false, true
+		s.setWildcard(false)
+		s.named = true
 		return
 	}
-	if !s.names[name] {
+	if !s.names.has(name) {
 		return
 	}
-	delete(s.names, name)
+	s.names.put(name, false)
 	if s.wildcard {
-		s.force[name] = true // still covered: it is told what it has now
+		s.must(name) // still covered: it is told what it has now
 		return
 	}
-	delete(s.sent, name)
 	delete(s.force, name)
 }
 
@@ -403,7 +460,7 @@ func (m *machine) respond(s *subscription, removals bool, now time.Time) *respon
 		}
 		gone = nil
 	}
-	first := s.answer && !removals && (s.wildcard || m.sotw && wholeSet(s.typeURL) && len(s.names) > 0)
+	first := s.answer && !removals && (s.wildcard || m.sotw && wholeSet(s.typeURL) && !s.names.empty())
 	if len(fresh) == 0 && len(gone) == 0 && !first {
 		return nil
 	}
@@ -428,38 +485,83 @@ func wholeSet(typeURL string) bool {
 
 // compare finds what the proxy lacks, and what it has too much.
 func (m *machine) compare(s *subscription) {
-	s.dirty, s.fresh, s.gone = false, nil, nil
-	consider := func(r xds.Resource) {
-		if has, ok := s.sent[r.Name]; !ok || has.Version != r.Version || s.force[r.Name] {
-			s.fresh = append(s.fresh, r)
-		}
-	}
-	if s.wildcard {
-		for _, r := range m.resources[s.typeURL] {
-			consider(r)
+	list := m.resources[s.typeURL]
+	d := m.diffs.between(s.held.base, list)
+	s.dirty, s.fresh, s.gone, s.whole = false, nil, nil, nil
+	if len(s.held.over) == 0 && len(s.force) == 0 {
+		s.fresh, s.gone = only(d.changed, s.wants), onlyNames(d.gone, s.wants)
+		if len(s.gone) == 0 && len(s.fresh) > 0 && sameList(s.fresh, d.changed) {
+			s.whole = d
 		}
 	} else {
-		for n := range s.names {
-			if r, ok := m.resources.Get(s.typeURL, n); ok {
-				consider(r)
-			}
-		}
-		sort.Slice(s.fresh, func(i, j int) bool { return s.fresh[i].Name < s.fresh[j].Name })
+		m.compareNames(s, candidates(s, d))
 	}
-	for n := range s.sent {
-		if _, ok := m.resources.Get(s.typeURL, n); !ok {
-			s.gone = append(s.gone, n)
-		}
+	if len(s.fresh) == 0 && len(s.gone) == 0 {
+		s.settle(m.diffs, list)
 	}
-	for n := range s.force {
-		if _, ok := s.sent[n]; ok {
+}
+
+// candidates are the names that may have to be sent or taken away, ordered.
+func candidates(s *subscription, d *difference) []string {
+	out := make([]string, 0, len(d.changed)+len(d.gone)+len(s.held.over)+len(s.force))
+	for _, r := range d.changed {
+		out = append(out, r.Name)
+	}
+	out = append(out, d.gone...)
+	out = slices.AppendSeq(out, maps.Keys(s.held.over))
+	out = slices.AppendSeq(out, maps.Keys(s.force))
+	slices.Sort(out)
+	return slices.Compact(out)
+}
+
+func (m *machine) compareNames(s *subscription, candidates []string) {
+	for _, n := range candidates {
+		if !s.wants(n) {
 			continue
 		}
-		if _, ok := m.resources.Get(s.typeURL, n); !ok {
+		r, exists := m.resources.Get(s.typeURL, n)
+		has, had := s.held.get(n)
+		switch {
+		case exists && (!had || has.Version != r.Version || s.force[n]):
+			s.fresh = append(s.fresh, r)
+		case !exists && (had || s.force[n]):
 			s.gone = append(s.gone, n)
 		}
 	}
-	sort.Strings(s.gone)
+}
+
+// only are the resources that are wanted; if these are all, it is the very same list.
+func only(list []xds.Resource, wanted func(string) bool) []xds.Resource {
+	for i, r := range list {
+		if wanted(r.Name) {
+			continue
+		}
+		out := slices.Clone(list[:i])
+		for _, r := range list[i+1:] {
+			if wanted(r.Name) {
+				out = append(out, r)
+			}
+		}
+		return out
+	}
+	return list
+}
+
+func onlyNames(list []string, wanted func(string) bool) []string {
+	var out []string
+	for _, n := range list {
+		if wanted(n) {
+			out = append(out, n)
+		}
+	}
+	return out
+}
+
+// settle notes that the proxy has all that it wants of a list.
+func (s *subscription) settle(d *differences, list []xds.Resource) {
+	s.held.rebase(list)
+	s.force = nil
+	d.share(&s.names)
 }
 
 // missing are names that were asked for and do not exist: that is an answer, not a
@@ -467,7 +569,7 @@ func (m *machine) compare(s *subscription) {
 func (m *machine) missing(s *subscription) []string {
 	var out []string
 	for _, n := range s.gone {
-		if _, had := s.sent[n]; s.force[n] && !had {
+		if _, had := s.has(n); s.force[n] && !had {
 			out = append(out, n)
 		}
 	}
@@ -479,7 +581,7 @@ func (s *subscription) drop(names []string) {
 		return
 	}
 	for _, n := range names {
-		delete(s.sent, n)
+		s.held.remove(n)
 		delete(s.force, n)
 	}
 	s.dirty = true
@@ -494,9 +596,13 @@ func (m *machine) difference(s *subscription, fresh []xds.Resource, gone []strin
 			break
 		}
 	}
+	r := &response{typeURL: s.typeURL, resources: fresh, removed: gone}
+	if s.whole != nil && len(fresh) == len(s.fresh) {
+		r.whole, r.nonce = s.whole, s.whole.nonce
+	}
 	m.note(s, fresh)
 	s.drop(gone)
-	return m.fly(s, &response{typeURL: s.typeURL, resources: fresh, removed: gone}, now)
+	return m.fly(s, r, now)
 }
 
 // whole is a SotW response. Types that are told as a whole keep what is to be removed
@@ -511,11 +617,7 @@ func (m *machine) whole(s *subscription, fresh []xds.Resource, removals bool, no
 		if removals {
 			s.drop(slices.Clone(s.gone))
 		}
-		out = make([]xds.Resource, 0, len(s.sent))
-		for _, r := range s.sent {
-			out = append(out, r)
-		}
-		sort.Slice(out, func(i, j int) bool { return out[i].Name < out[j].Name })
+		out = s.held.among(s.wants)
 	}
 	return m.fly(s, &response{typeURL: s.typeURL, resources: out, version: setVersion(out)}, now)
 }
@@ -523,29 +625,45 @@ func (m *machine) whole(s *subscription, fresh []xds.Resource, removals bool, no
 // note records what is being sent. A cluster that is sent waits for its endpoints, even
 // if these did not change and Envoy does not ask again (envoy#13009).
 func (m *machine) note(s *subscription, fresh []xds.Resource) {
-	endpoints := m.subs[xds.EndpointType]
+	if s.typeURL == xds.ClusterType {
+		m.recluster = m.await(fresh)
+	}
+	if len(fresh) == len(s.fresh) && len(s.gone) == 0 {
+		s.settle(m.diffs, m.resources[s.typeURL])
+		s.fresh, s.whole = nil, nil
+		return
+	}
 	for _, r := range fresh {
-		s.sent[r.Name] = r
+		s.held.set(r)
 		delete(s.force, r.Name)
-		if s.typeURL == xds.ClusterType {
-			m.recluster[r.Name] = true
-			if endpoints != nil && (endpoints.wildcard || endpoints.names[r.Name]) {
-				endpoints.force[r.Name] = true
-				endpoints.dirty = true
-			}
-		}
 	}
 	s.dirty = true
 }
 
-func (m *machine) fly(s *subscription, r *response, now time.Time) *response {
-	m.nonces++
-	r.nonce = strconv.FormatUint(m.nonces, 36)
-	s.lastNonce, s.inFlight, s.sentAt, s.answer = r.nonce, r.nonce, now, false
-	s.sentNames = make([]string, 0, len(r.resources))
-	for _, res := range r.resources {
-		s.sentNames = append(s.sentNames, res.Name)
+// await makes the endpoints of clusters be sent. Before they are asked for, it returns the
+// clusters that will need them.
+func (m *machine) await(clusters []xds.Resource) map[string]bool {
+	endpoints := m.subs[xds.EndpointType]
+	for _, r := range clusters {
+		switch {
+		case endpoints == nil:
+			if m.recluster == nil {
+				m.recluster = make(map[string]bool, len(clusters))
+			}
+			m.recluster[r.Name] = true
+		case endpoints.wants(r.Name):
+			endpoints.must(r.Name)
+		}
 	}
-	s.sentNames = append(s.sentNames, r.removed...)
+	return m.recluster
+}
+
+func (m *machine) fly(s *subscription, r *response, now time.Time) *response {
+	if r.nonce == "" {
+		m.nonces++
+		r.nonce = strconv.FormatUint(m.nonces, 36)
+	}
+	s.lastNonce, s.inFlight, s.sentAt, s.answer = r.nonce, r.nonce, now, false
+	s.sentNames = r.names()
 	return r
 }

@@ -5,6 +5,7 @@ package xdsserver
 import (
 	"fmt"
 	"maps"
+	"reflect"
 	"slices"
 	"sort"
 	"testing"
@@ -316,6 +317,29 @@ func FuzzRequest(f *testing.F) {
 					m.request(request{typeURL: r.typeURL, nonce: r.nonce}, time.Unix(0, 0))
 				}
 			}
+		}
+	})
+}
+
+// FuzzAcknowledgement compares the short way of reading with protobuf's.
+func FuzzAcknowledgement(f *testing.F) {
+	for _, r := range []*discoveryv3.DeltaDiscoveryRequest{
+		{TypeUrl: xds.ClusterType, ResponseNonce: "7"},
+		{TypeUrl: "another", ResponseNonce: "7"},
+		{TypeUrl: xds.ClusterType, ResponseNonce: "7", ResourceNamesSubscribe: []string{"a"}},
+		{TypeUrl: xds.ClusterType},
+	} {
+		seed, _ := proto.Marshal(r)
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		short, ok := acknowledgement(raw)
+		var r discoveryv3.DeltaDiscoveryRequest
+		if !ok || proto.Unmarshal(raw, &r) != nil {
+			return
+		}
+		if long := deltaRequest(&r); !reflect.DeepEqual(short, long) || r.Node != nil {
+			t.Errorf("%x: %+v, protobuf says %+v", raw, short, long)
 		}
 	})
 }

@@ -9,11 +9,6 @@ import (
 	"sync"
 	"time"
 
-	clusterservice "github.com/envoyproxy/go-control-plane/envoy/service/cluster/v3"
-	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
-	endpointservice "github.com/envoyproxy/go-control-plane/envoy/service/endpoint/v3"
-	listenerservice "github.com/envoyproxy/go-control-plane/envoy/service/listener/v3"
-	routeservice "github.com/envoyproxy/go-control-plane/envoy/service/route/v3"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/keepalive"
@@ -82,6 +77,7 @@ type Config struct {
 type Server struct {
 	config  Config
 	metrics *metrics
+	diffs   *differences // shared by all streams
 
 	mu       sync.Mutex
 	streams  map[*stream]struct{}
@@ -100,14 +96,18 @@ func New(c Config) *Server {
 	if c.Now == nil {
 		c.Now = time.Now
 	}
-	return &Server{config: c, metrics: newMetrics(), streams: map[*stream]struct{}{}}
+	return &Server{config: c, metrics: newMetrics(), diffs: &differences{}, streams: map[*stream]struct{}{}}
 }
 
-// Options are what a gRPC server of many quiet streams should be started with: agents
-// ping every 30 s, peers that vanished are noticed within a minute, and flow control
-// windows are fixed, which saves a ping for every message.
+// Options are what a gRPC server of many quiet streams is to be started with: messages
+// that are encoded already are passed through, agents ping every 30 s, peers that vanished
+// are noticed within a minute, and flow control windows are fixed, which saves a ping for
+// every message. The buffers of reading are small: what proxies say is short, and over TLS
+// every connection keeps its own.
 func Options() []grpc.ServerOption {
 	return []grpc.ServerOption{
+		grpc.ForceServerCodecV2(newCodec()),
+		grpc.ReadBufferSize(2 << 10),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 20 * time.Second}),
 		grpc.InitialWindowSize(1 << 20),
@@ -115,15 +115,6 @@ func Options() []grpc.ServerOption {
 		grpc.MaxRecvMsgSize(8 << 20),
 		grpc.MaxConcurrentStreams(1000),
 	}
-}
-
-// Register adds the server's services.
-func (s *Server) Register(r grpc.ServiceRegistrar) {
-	discoveryv3.RegisterAggregatedDiscoveryServiceServer(r, adsService{s})
-	clusterservice.RegisterClusterDiscoveryServiceServer(r, cdsService{server: s})
-	endpointservice.RegisterEndpointDiscoveryServiceServer(r, edsService{server: s})
-	listenerservice.RegisterListenerDiscoveryServiceServer(r, ldsService{server: s})
-	routeservice.RegisterRouteDiscoveryServiceServer(r, rdsService{server: s})
 }
 
 // Disconnect closes the streams of the proxies that which picks, and says how many. They
@@ -233,12 +224,4 @@ func (s *Server) serve(ctx context.Context, w wire, typeURL string) error {
 	}
 	defer s.remove(st)
 	return st.run(ctx, first)
-}
-
-func (s *Server) serveDelta(ctx context.Context, st deltaStream, typeURL string) error {
-	return s.serve(ctx, deltaWire{stream: st, who: controlPlane{s.config.Identifier}}, typeURL)
-}
-
-func (s *Server) serveSotW(ctx context.Context, st sotwStream, typeURL string) error {
-	return s.serve(ctx, sotwWire{stream: st, who: controlPlane{s.config.Identifier}}, typeURL)
 }

@@ -8,70 +8,33 @@ import (
 	endpointservice "github.com/envoyproxy/go-control-plane/envoy/service/endpoint/v3"
 	listenerservice "github.com/envoyproxy/go-control-plane/envoy/service/listener/v3"
 	routeservice "github.com/envoyproxy/go-control-plane/envoy/service/route/v3"
+	"google.golang.org/grpc"
 
 	"github.com/isthmus-mesh/isthmus/xds"
 )
 
-// The gRPC services differ only in the type that their method implies.
-
-type adsService struct{ server *Server }
-
-func (a adsService) StreamAggregatedResources(st discoveryv3.AggregatedDiscoveryService_StreamAggregatedResourcesServer) error {
-	return a.server.serveSotW(st.Context(), st, "")
+// services differ only in the type that their methods imply; ADS implies none.
+var services = []struct{ name, whole, delta, typeURL string }{
+	{discoveryv3.AggregatedDiscoveryService_ServiceDesc.ServiceName, "StreamAggregatedResources", "DeltaAggregatedResources", ""},
+	{clusterservice.ClusterDiscoveryService_ServiceDesc.ServiceName, "StreamClusters", "DeltaClusters", xds.ClusterType},
+	{endpointservice.EndpointDiscoveryService_ServiceDesc.ServiceName, "StreamEndpoints", "DeltaEndpoints", xds.EndpointType},
+	{listenerservice.ListenerDiscoveryService_ServiceDesc.ServiceName, "StreamListeners", "DeltaListeners", xds.ListenerType},
+	{routeservice.RouteDiscoveryService_ServiceDesc.ServiceName, "StreamRoutes", "DeltaRoutes", xds.RouteType},
 }
 
-func (a adsService) DeltaAggregatedResources(st discoveryv3.AggregatedDiscoveryService_DeltaAggregatedResourcesServer) error {
-	return a.server.serveDelta(st.Context(), st, "")
-}
-
-type cdsService struct {
-	clusterservice.UnimplementedClusterDiscoveryServiceServer
-	server *Server
-}
-
-func (c cdsService) StreamClusters(st clusterservice.ClusterDiscoveryService_StreamClustersServer) error {
-	return c.server.serveSotW(st.Context(), st, xds.ClusterType)
-}
-
-func (c cdsService) DeltaClusters(st clusterservice.ClusterDiscoveryService_DeltaClustersServer) error {
-	return c.server.serveDelta(st.Context(), st, xds.ClusterType)
-}
-
-type edsService struct {
-	endpointservice.UnimplementedEndpointDiscoveryServiceServer
-	server *Server
-}
-
-func (e edsService) StreamEndpoints(st endpointservice.EndpointDiscoveryService_StreamEndpointsServer) error {
-	return e.server.serveSotW(st.Context(), st, xds.EndpointType)
-}
-
-func (e edsService) DeltaEndpoints(st endpointservice.EndpointDiscoveryService_DeltaEndpointsServer) error {
-	return e.server.serveDelta(st.Context(), st, xds.EndpointType)
-}
-
-type ldsService struct {
-	listenerservice.UnimplementedListenerDiscoveryServiceServer
-	server *Server
-}
-
-func (l ldsService) StreamListeners(st listenerservice.ListenerDiscoveryService_StreamListenersServer) error {
-	return l.server.serveSotW(st.Context(), st, xds.ListenerType)
-}
-
-func (l ldsService) DeltaListeners(st listenerservice.ListenerDiscoveryService_DeltaListenersServer) error {
-	return l.server.serveDelta(st.Context(), st, xds.ListenerType)
-}
-
-type rdsService struct {
-	routeservice.UnimplementedRouteDiscoveryServiceServer
-	server *Server
-}
-
-func (r rdsService) StreamRoutes(st routeservice.RouteDiscoveryService_StreamRoutesServer) error {
-	return r.server.serveSotW(st.Context(), st, xds.RouteType)
-}
-
-func (r rdsService) DeltaRoutes(st routeservice.RouteDiscoveryService_DeltaRoutesServer) error {
-	return r.server.serveDelta(st.Context(), st, xds.RouteType)
+// Register adds the server's services to a gRPC server that was made with Options. They
+// have no unary methods: Envoy never fetches.
+func (s *Server) Register(r grpc.ServiceRegistrar) {
+	who := newControlPlane(s.config.Identifier)
+	for _, service := range services {
+		both := func(name string, over func(grpc.ServerStream) wire) grpc.StreamDesc {
+			return grpc.StreamDesc{StreamName: name, ServerStreams: true, ClientStreams: true, Handler: func(_ any, st grpc.ServerStream) error {
+				return s.serve(st.Context(), over(st), service.typeURL)
+			}}
+		}
+		r.RegisterService(&grpc.ServiceDesc{ServiceName: service.name, HandlerType: (*any)(nil), Streams: []grpc.StreamDesc{
+			both(service.whole, func(st grpc.ServerStream) wire { return sotwWire{st, who} }),
+			both(service.delta, func(st grpc.ServerStream) wire { return deltaWire{st, who} }),
+		}}, s)
+	}
 }

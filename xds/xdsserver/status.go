@@ -79,11 +79,7 @@ func (st *stream) status() ProxyStatus {
 }
 
 func (s *subscription) status() TypeStatus {
-	list := make([]xds.Resource, 0, len(s.sent))
-	for _, r := range s.sent {
-		list = append(list, r)
-	}
-	slices.SortFunc(list, func(a, b xds.Resource) int { return strings.Compare(a.Name, b.Name) })
+	list := s.held.among(s.wants)
 	out := TypeStatus{
 		TypeURL: s.typeURL, Resources: len(list), Version: setVersion(list),
 		Pending: s.inFlight != "", Acked: s.ackedAt,
@@ -113,7 +109,7 @@ func (m *machine) Held(typeURL, name string) (version string, ok bool) {
 	if s == nil {
 		return "", false
 	}
-	r, ok := s.sent[name]
+	r, ok := s.has(name)
 	if !ok || slices.Contains(s.sentNames, name) {
 		return "", false
 	}

@@ -33,9 +33,11 @@ type stream struct {
 }
 
 func newStream(s *Server, w wire, feed Feed, node, typeURL string) *stream {
+	m := newMachine(w.sotw())
+	m.diffs = s.diffs
 	return &stream{
 		server: s, wire: w, feed: feed, node: node, typeURL: typeURL, opened: s.config.Now(),
-		kicked: make(chan error, 1), machine: newMachine(w.sotw()),
+		kicked: make(chan error, 1), machine: m,
 	}
 }
 

@@ -21,3 +21,13 @@ func setVersion(list []xds.Resource) string {
 	}
 	return base64.RawURLEncoding.EncodeToString(h.Sum(nil)[:15])
 }
+
+// setKey is the same for equal lists of names.
+func setKey(list []string) string {
+	h := sha256.New()
+	for _, name := range list {
+		h.Write([]byte(name))
+		h.Write([]byte{0})
+	}
+	return string(h.Sum(nil))
+}

@@ -5,7 +5,27 @@ package xdsserver
 import (
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
-	"google.golang.org/protobuf/types/known/anypb"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/mem"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/isthmus-mesh/isthmus/xds"
+)
+
+// Field numbers of envoy.service.discovery.v3.
+const (
+	fieldVersion      = 1 // DiscoveryResponse.version_info
+	fieldTypeURL      = 4 // of both responses
+	fieldNonce        = 5 // of both responses
+	fieldRemoved      = 6 // DeltaDiscoveryResponse.removed_resources
+	fieldControlPlane = 6 // DiscoveryResponse.control_plane
+	fieldDeltaControl = 7 // DeltaDiscoveryResponse.control_plane
+
+	fieldDeltaRequestType  = 2
+	fieldDeltaRequestNonce = 6
 )
 
 // wire is one stream of either variant.
@@ -16,39 +36,100 @@ type wire interface {
 	sotw() bool
 }
 
-type deltaStream interface {
-	Send(*discoveryv3.DeltaDiscoveryResponse) error
-	Recv() (*discoveryv3.DeltaDiscoveryRequest, error)
-}
+// controlPlane is who answers, encoded; it stands in every response.
+type controlPlane []byte
 
-type sotwStream interface {
-	Send(*discoveryv3.DiscoveryResponse) error
-	Recv() (*discoveryv3.DiscoveryRequest, error)
-}
-
-// controlPlane names who answers, in every response.
-type controlPlane struct{ identifier string }
-
-func (c controlPlane) proto() *corev3.ControlPlane {
-	if c.identifier == "" {
+func newControlPlane(identifier string) controlPlane {
+	if identifier == "" {
 		return nil
 	}
-	return &corev3.ControlPlane{Identifier: c.identifier}
+	b, err := proto.Marshal(&corev3.ControlPlane{Identifier: identifier})
+	if err != nil {
+		return nil // not UTF-8: it is for people only
+	}
+	return b
+}
+
+func (c controlPlane) append(b []byte, field protowire.Number) []byte {
+	if c == nil {
+		return b
+	}
+	return appendBytes(b, field, c)
+}
+
+func appendBytes[T ~[]byte | ~string](b []byte, field protowire.Number, v T) []byte {
+	b = protowire.AppendTag(b, field, protowire.BytesType)
+	b = protowire.AppendVarint(b, uint64(len(v)))
+	return append(b, v...)
 }
 
 type deltaWire struct {
-	stream deltaStream
+	stream grpc.ServerStream
 	who    controlPlane
 }
 
 func (w deltaWire) sotw() bool { return false }
 
 func (w deltaWire) receive() (request, string, error) {
-	r, err := w.stream.Recv()
-	if err != nil {
+	var m message
+	if err := w.stream.RecvMsg(&m); err != nil {
 		return request{}, "", err
 	}
+	defer m.data.Free()
+	data := m.data.MaterializeToBuffer(mem.DefaultBufferPool())
+	defer data.Free()
+	if r, ok := acknowledgement(data.ReadOnlyData()); ok {
+		return r, "", nil
+	}
+	r := &discoveryv3.DeltaDiscoveryRequest{}
+	if err := proto.Unmarshal(data.ReadOnlyData(), r); err != nil {
+		return request{}, "", status.Errorf(codes.InvalidArgument, "no DeltaDiscoveryRequest: %v", err)
+	}
 	return deltaRequest(r), r.GetNode().GetId(), nil
+}
+
+// acknowledgement reads a request that says nothing but that a response was taken, which
+// most do. False if it says more, or is no message.
+func acknowledgement(b []byte) (r request, ok bool) {
+	for len(b) > 0 {
+		number, kind, n := protowire.ConsumeTag(b)
+		if n < 0 || kind != protowire.BytesType {
+			return request{}, false
+		}
+		value, size := protowire.ConsumeBytes(b[n:])
+		if size < 0 {
+			return request{}, false
+		}
+		switch number {
+		case fieldDeltaRequestType:
+			if r.typeURL = wellKnown(value); r.typeURL == "" {
+				return request{}, false
+			}
+		case fieldDeltaRequestNonce:
+			r.nonce = string(value)
+		default:
+			return request{}, false
+		}
+		b = b[n+size:]
+	}
+	return r, r.nonce != ""
+}
+
+// wellKnown is one of the type URLs that are sent often, without a copy.
+func wellKnown(b []byte) string {
+	switch string(b) {
+	case xds.EndpointType:
+		return xds.EndpointType
+	case xds.ClusterType:
+		return xds.ClusterType
+	case xds.RouteType:
+		return xds.RouteType
+	case xds.ListenerType:
+		return xds.ListenerType
+	case xds.NameTableType:
+		return xds.NameTableType
+	}
+	return ""
 }
 
 func deltaRequest(r *discoveryv3.DeltaDiscoveryRequest) request {
@@ -61,28 +142,56 @@ func deltaRequest(r *discoveryv3.DeltaDiscoveryRequest) request {
 }
 
 func (w deltaWire) send(r *response) error {
-	out := &discoveryv3.DeltaDiscoveryResponse{
-		TypeUrl: r.typeURL, Nonce: r.nonce, RemovedResources: r.removed, ControlPlane: w.who.proto(),
-		Resources: make([]*discoveryv3.Resource, 0, len(r.resources)),
+	if r.whole == nil {
+		return w.stream.SendMsg(&message{w.encode(r)})
 	}
-	for _, res := range r.resources {
-		out.Resources = append(out.Resources, &discoveryv3.Resource{
-			Name: res.Name, Version: res.Version, Resource: &anypb.Any{TypeUrl: r.typeURL, Value: res.Body},
-		})
+	r.whole.once.Do(func() { r.whole.encoded = w.encode(r) })
+	return w.stream.SendMsg(&message{r.whole.encoded})
+}
+
+// smallResponse is up to how many bytes a response is copied together; a larger one stays
+// a list of the fragments that it consists of.
+const smallResponse = 16 << 10
+
+func (w deltaWire) encode(r *response) mem.BufferSlice {
+	size := 0
+	fragments := make([][]byte, len(r.resources))
+	for i, res := range r.resources {
+		fragments[i] = res.Fragment(r.typeURL)
+		size += len(fragments[i])
 	}
-	return w.stream.Send(out)
+	rest := appendBytes(appendBytes(nil, fieldTypeURL, r.typeURL), fieldNonce, r.nonce)
+	for _, name := range r.removed {
+		rest = appendBytes(rest, fieldRemoved, name)
+	}
+	return assemble(fragments, size, w.who.append(rest, fieldDeltaControl))
+}
+
+func assemble(fragments [][]byte, size int, rest []byte) mem.BufferSlice {
+	if size <= smallResponse {
+		out := make([]byte, 0, size+len(rest))
+		for _, f := range fragments {
+			out = append(out, f...)
+		}
+		return mem.BufferSlice{mem.SliceBuffer(append(out, rest...))}
+	}
+	out := make(mem.BufferSlice, 0, len(fragments)+1)
+	for _, f := range fragments {
+		out = append(out, mem.SliceBuffer(f))
+	}
+	return append(out, mem.SliceBuffer(rest))
 }
 
 type sotwWire struct {
-	stream sotwStream
+	stream grpc.ServerStream
 	who    controlPlane
 }
 
 func (w sotwWire) sotw() bool { return true }
 
 func (w sotwWire) receive() (request, string, error) {
-	r, err := w.stream.Recv()
-	if err != nil {
+	r := &discoveryv3.DiscoveryRequest{}
+	if err := w.stream.RecvMsg(r); err != nil {
 		return request{}, "", err
 	}
 	return sotwRequest(r), r.GetNode().GetId(), nil
@@ -97,12 +206,13 @@ func sotwRequest(r *discoveryv3.DiscoveryRequest) request {
 }
 
 func (w sotwWire) send(r *response) error {
-	out := &discoveryv3.DiscoveryResponse{
-		TypeUrl: r.typeURL, Nonce: r.nonce, VersionInfo: r.version, ControlPlane: w.who.proto(),
-		Resources: make([]*anypb.Any, 0, len(r.resources)),
+	size := 0
+	fragments := make([][]byte, len(r.resources))
+	for i, res := range r.resources {
+		fragments[i] = res.WholeFragment(r.typeURL)
+		size += len(fragments[i])
 	}
-	for _, res := range r.resources {
-		out.Resources = append(out.Resources, &anypb.Any{TypeUrl: r.typeURL, Value: res.Body})
-	}
-	return w.stream.Send(out)
+	rest := appendBytes(appendBytes(nil, fieldTypeURL, r.typeURL), fieldNonce, r.nonce)
+	rest = w.who.append(appendBytes(rest, fieldVersion, r.version), fieldControlPlane)
+	return w.stream.SendMsg(&message{assemble(fragments, size, rest)})
 }
