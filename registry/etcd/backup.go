@@ -154,13 +154,17 @@ func writeBackup(ctx context.Context, config BackupConfig, w io.Writer) (*Manife
 	revision, err := readPages(ctx, config.Client, prefix, func(response *clientv3.GetResponse) error {
 		var content bytes.Buffer
 		for _, kv := range response.Kvs {
-			line, err := json.Marshal(Entry{Key: bytes.TrimPrefix(kv.Key, []byte(prefix)), Value: kv.Value, Leased: kv.Lease != 0})
+			k := bytes.TrimPrefix(kv.Key, []byte(prefix))
+			if bytes.HasPrefix(k, []byte(settledPrefix)) {
+				continue // it names a session by a revision, which means nothing in another etcd
+			}
+			m.Keys++
+			line, err := json.Marshal(Entry{Key: k, Value: kv.Value, Leased: kv.Lease != 0})
 			if err != nil {
 				return err
 			}
 			content.Write(append(line, '\n'))
 		}
-		m.Keys += len(response.Kvs)
 		m.Bytes += int64(content.Len())
 		sum.Write(content.Bytes())
 		page++
