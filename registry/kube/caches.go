@@ -62,7 +62,6 @@ type caches struct {
 	mu         sync.Mutex
 	member     *registry.Member
 	slicesOf   map[federation.ServiceName][]serviceSlice
-	servicesOf map[registry.ObjectName]serviceNames
 	gateways   map[federation.ServiceName]gatewayMark
 	istio      map[registry.ObjectName]bool // pods with a proxy of Istio's
 	configs    map[registry.ObjectKind]*table[*federation.Object]
@@ -84,16 +83,11 @@ type serviceSlice struct {
 	row  *sliceRow
 }
 
-// serviceNames are the services of a pod, which are in its namespace; once for every slice
-// that names it. A list is never changed: the pods of a slice share it.
-type serviceNames []string
-
 func newCaches(m *registry.Member, budget Budget, wake func()) *caches {
 	budget.setDefaults()
 	c := &caches{
 		source: m.Source(), budget: budget, wake: wake, member: m,
 		slicesOf:   map[federation.ServiceName][]serviceSlice{},
-		servicesOf: map[registry.ObjectName]serviceNames{},
 		gateways:   map[federation.ServiceName]gatewayMark{},
 		istio:      map[registry.ObjectName]bool{},
 		configs:    map[registry.ObjectKind]*table[*federation.Object]{},
@@ -193,7 +187,6 @@ func (c *caches) sliceChanged(key registry.ObjectName, before, after **sliceRow)
 		} else {
 			c.slicesOf[name] = left
 		}
-		c.countPods(*before, serviceNames.without)
 	}
 	if after != nil {
 		name := (*after).service
@@ -201,38 +194,7 @@ func (c *caches) sliceChanged(key registry.ObjectName, before, after **sliceRow)
 		list := c.slicesOf[name]
 		at, _ := slices.BinarySearchFunc(list, key.Name, func(s serviceSlice, name string) int { return strings.Compare(s.name, name) })
 		c.slicesOf[name] = slices.Insert(slices.Clip(list), at, serviceSlice{key.Name, *after})
-		c.countPods(*after, serviceNames.with)
 	}
-}
-
-func (c *caches) countPods(r *sliceRow, change func(list, one serviceNames) serviceNames) {
-	one := serviceNames{r.service.Name}
-	for i := range r.endpoints {
-		if r.endpoints[i].pod == "" {
-			continue
-		}
-		pod := registry.ObjectName{Namespace: r.service.Namespace, Name: r.endpoints[i].pod}
-		if list := change(c.servicesOf[pod], one); len(list) > 0 {
-			c.servicesOf[pod] = list
-		} else {
-			delete(c.servicesOf, pod)
-		}
-	}
-}
-
-func (s serviceNames) with(one serviceNames) serviceNames {
-	if len(s) == 0 {
-		return one
-	}
-	return slices.Concat(s, one)
-}
-
-func (s serviceNames) without(one serviceNames) serviceNames {
-	at := slices.Index(s, one[0])
-	if at < 0 {
-		return s
-	}
-	return slices.Concat(s[:at], s[at+1:])
 }
 
 func (c *caches) podChanged(key registry.ObjectName, before, after **podRow) {
@@ -256,8 +218,27 @@ func (c *caches) podChanged(key registry.ObjectName, before, after **podRow) {
 			c.istio[key] = true
 		}
 	}
-	for _, name := range c.servicesOf[key] {
-		c.dirty[federation.ServiceName{Namespace: key.Namespace, Name: name}] = true
+}
+
+// dirtyOfPods marks the services whose slices name a pod that changed. To look for them
+// once a level is quick; to remember them for every pod would take more memory than the
+// endpoints do.
+func (c *caches) dirtyOfPods() {
+	if len(c.dirtyPods) == 0 {
+		return
+	}
+	for name, list := range c.slicesOf {
+		if c.dirty[name] {
+			continue
+		}
+		for _, slice := range list {
+			for i := range slice.row.endpoints {
+				key := registry.ObjectName{Namespace: name.Namespace, Name: slice.row.endpoints[i].pod}
+				if _, changed := c.dirtyPods[key]; changed {
+					c.dirty[name] = true
+				}
+			}
+		}
 	}
 }
 
@@ -340,6 +321,8 @@ func (c *caches) levelRecords(next *registry.Level) {
 		}
 		clear(c.dirtyPods)
 		c.pods.each(func(key registry.ObjectName, p *podRow) { c.dirtyPods[key] = p.uid })
+	} else {
+		c.dirtyOfPods()
 	}
 	for name := range c.dirty {
 		object := "Service " + name.String()
@@ -536,7 +519,10 @@ func (c *caches) targetPorts(service []federation.Port, slice []slicePort) map[u
 // endpoint is one row of a slice. One whose pod is not there, or is another incarnation,
 // does not count: without its account and its proxy nobody could call it rightly.
 func (c *caches) endpoint(s *serviceRow, row *sliceEndpoint) (federation.Endpoint, bool) {
-	e := federation.Endpoint{Health: row.health, Hostname: row.hostname}
+	e := federation.Endpoint{Health: healths[row.health]}
+	if row.place != nil {
+		e.Hostname = row.place.hostname
+	}
 	if s.publishNotReady && row.ready {
 		e.Health = federation.Ready
 	}

@@ -107,7 +107,7 @@ func (c *caches) readyPods(name federation.ServiceName) int {
 	seen := map[string]bool{}
 	for _, slice := range c.slicesOf[name] {
 		for i := range slice.row.endpoints {
-			if e := &slice.row.endpoints[i]; e.health == federation.Ready {
+			if e := &slice.row.endpoints[i]; e.health == ready {
 				seen[first(e.pod, e.addr.String())] = true
 			}
 		}
@@ -136,7 +136,7 @@ func (c *caches) nodeAddresses(s *serviceRow, port uint32) []federation.GatewayA
 	for _, slice := range c.slicesOf[s.name] {
 		for i := range slice.row.endpoints {
 			e := &slice.row.endpoints[i]
-			if e.place == nil || seen[e.place.node] || e.health != federation.Ready {
+			if e.place == nil || seen[e.place.node] || e.health != ready {
 				continue
 			}
 			n, ok := c.nodes.get(inCluster(e.place.node))

@@ -75,13 +75,23 @@ type sliceEndpoint struct {
 	pod, uid string // empty if its target is no pod
 	addr     netip.Addr
 	place    *place // shared
-	hostname string
-	health   federation.Health
+	health   health
 	ready    bool // what the condition says, terminating or not
 }
 
-// place is where an endpoint runs.
-type place struct{ node, zone string }
+// health is an index of healths.
+type health uint8
+
+const (
+	ready health = iota
+	terminating
+	notReady
+)
+
+var healths = [...]federation.Health{ready: federation.Ready, terminating: federation.Terminating, notReady: federation.NotReady}
+
+// place is where an endpoint runs, and which name it has there, as few have.
+type place struct{ node, zone, hostname string }
 
 // podRow is what the mesh needs of a Pod. There are many: what pods have in common is
 // shared.
@@ -129,11 +139,11 @@ type reducer struct {
 	places map[place]*place
 }
 
-func (d *reducer) place(node, zone string) *place {
-	if node == "" && zone == "" {
+func (d *reducer) place(node, zone, hostname string) *place {
+	p := place{d.names.String(node), d.names.String(zone), strings.Clone(hostname)}
+	if p == (place{}) {
 		return nil
 	}
-	p := place{d.names.String(node), d.names.String(zone)}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if shared := d.places[p]; shared != nil {
@@ -382,20 +392,20 @@ func (d *reducer) endpoint(namespace string, e *discoveryv1.Endpoint) (sliceEndp
 			row.pod, row.uid = p.name, p.uid // the same strings
 		}
 	}
-	row.place, row.hostname = d.place(deref(e.NodeName), deref(e.Zone)), deref(e.Hostname)
+	row.place = d.place(deref(e.NodeName), deref(e.Zone), deref(e.Hostname))
 	row.ready = e.Conditions.Ready == nil || *e.Conditions.Ready
 	serving := row.ready
 	if e.Conditions.Serving != nil {
 		serving = *e.Conditions.Serving
 	}
-	terminating := e.Conditions.Terminating != nil && *e.Conditions.Terminating
+	ending := e.Conditions.Terminating != nil && *e.Conditions.Terminating
 	switch {
-	case terminating && serving:
-		row.health = federation.Terminating
-	case row.ready && !terminating:
-		row.health = federation.Ready
+	case ending && serving:
+		row.health = terminating
+	case row.ready && !ending:
+		row.health = ready
 	default:
-		row.health = federation.NotReady
+		row.health = notReady
 	}
 	return row, ""
 }
