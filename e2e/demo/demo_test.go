@@ -26,7 +26,7 @@ func TestDemo(t *testing.T) {
 		t.Skip("the demo needs root for its namespaces; run the tests as root")
 	}
 	programs := t.TempDir()
-	build := exec.CommandContext(t.Context(), "go", "build", "-o", programs+"/", "../../cmd/...", "../echo", ".")
+	build := exec.CommandContext(t.Context(), "go", "build", "-trimpath", "-o", programs+"/", "../../cmd/...", "../echo", ".")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("build: %v\n%s", err, out)
