@@ -30,6 +30,9 @@ import (
 // dialTimeout bounds each attempt to reach meshd.
 const dialTimeout = 5 * time.Second
 
+// meshProtocols are what clients inside the mesh offer (ALPN) and gateways ask for.
+var meshProtocols = []string{"istio", "isthmus"}
+
 // Agent is the running whole. Make it with New.
 type Agent struct {
 	config Config
@@ -64,10 +67,11 @@ func New(c Config, log *slog.Logger) (*Agent, error) {
 	a.keeper = a.newKeeper()
 	a.secrets = &sds.Server{Source: a.keeper, Log: log}
 	a.relay = &relay.Relay{
-		Server:      c.Server,
+		Servers:     c.servers,
 		Credentials: identity.Credentials(a.keeper),
 		Ready:       a.certified,
 		Dial:        dialMeshd,
+		Expires:     a.expires,
 		Log:         log,
 	}
 	if !c.NoDNS {
@@ -119,7 +123,7 @@ func (a *Agent) newKeeper() *identity.Keeper {
 		k.RootsFile = c.RootCertFile
 	}
 	k.Issuer = &identity.GRPC{
-		Server:    c.Server,
+		Servers:   c.servers,
 		TokenFile: c.TokenFile,
 		Roots:     k.Roots,
 		Cluster:   c.ClusterID,
@@ -137,9 +141,20 @@ func (a *Agent) certified(ctx context.Context) error {
 	return err
 }
 
+// expires is when the present certificate ends, zero without one, and a channel that is
+// closed at the next one.
+func (a *Agent) expires() (time.Time, <-chan struct{}) {
+	changed := a.keeper.Changed()
+	cert, err := a.keeper.Current()
+	if err != nil {
+		return time.Time{}, changed
+	}
+	return cert.Leaf.NotAfter, changed
+}
+
 func (a *Agent) connection() report.Connection {
 	return report.Connection{
-		Server:      a.config.Server,
+		Servers:     a.config.servers,
 		Credentials: identity.Credentials(a.keeper),
 		Ready:       a.certified,
 		Dial:        dialMeshd,
@@ -207,6 +222,8 @@ func (a *Agent) serve(live context.Context, parts *errgroup.Group) {
 	case Gateway:
 		prober := &report.Prober{Connection: a.connection(), TLS: a.keeper.TLS}
 		parts.Go(func() error { return prober.Run(live) })
+		answerer := &report.Answerer{TLS: a.keeper.TLS, Protocols: meshProtocols, Log: a.log}
+		parts.Go(func() error { return answerer.Serve(live, a.listening.probe) })
 	}
 }
 

@@ -16,6 +16,8 @@ import (
 
 	"github.com/isthmus-mesh/isthmus/agent/onboard"
 	"github.com/isthmus-mesh/isthmus/agent/redirect"
+	"github.com/isthmus-mesh/isthmus/agent/servers"
+	"github.com/isthmus-mesh/isthmus/api"
 )
 
 // ErrConfig means that a Config cannot be run.
@@ -38,7 +40,8 @@ const (
 type Config struct {
 	// Role decides defaults and which parts run.
 	Role Role
-	// Server is meshd's host:port for discovery and certificates.
+	// Server is meshd's host:port for discovery and certificates; several, separated
+	// by commas, where it has replicas.
 	Server string
 	// RootCertFile is the PEM bundle to verify meshd with at first, and, in a
 	// pod, always besides what meshd answers.
@@ -102,13 +105,17 @@ type Config struct {
 
 	// ReadyAddress, StatusAddress and DNSAddresses are where the agent listens;
 	// empty means :15021, :15020, and port 15053 of both loopback addresses.
-	ReadyAddress, StatusAddress string
-	DNSAddresses                []string
+	// ProbeAddress is where a gateway's answers probes of the path, which come to it
+	// through its Envoy; empty means 127.0.0.1:15023.
+	ReadyAddress, StatusAddress, ProbeAddress string
+	DNSAddresses                              []string
 	// AdminPort and StatsPort are Envoy's; 0 means 15000 and 15090.
 	AdminPort, StatsPort uint16
 
 	// Version of the agent.
 	Version string
+
+	servers servers.List // of Server
 }
 
 // complete fills in defaults and refuses what cannot work.
@@ -128,14 +135,15 @@ func (c *Config) complete() error {
 		return fmt.Errorf("%w: role %q: want sidecar, gateway or vm", ErrConfig, c.Role)
 	}
 	c.defaults()
-	if _, _, err := net.SplitHostPort(c.Server); err != nil {
-		return fmt.Errorf("%w: server %q: want host:port", ErrConfig, c.Server)
+	var err error
+	if c.servers, err = servers.Parse(c.Server); err != nil {
+		return fmt.Errorf("%w: %w", ErrConfig, err)
 	}
 	if c.Name == "" || c.Namespace == "" {
 		return fmt.Errorf("%w: name %q and namespace %q: both are needed", ErrConfig, c.Name, c.Namespace)
 	}
 	if len(c.Addresses) == 0 && c.Role == VM {
-		address, err := sourceAddress(c.Server)
+		address, err := sourceAddress(c.servers)
 		if err != nil {
 			return err
 		}
@@ -158,6 +166,7 @@ func (c *Config) defaults() {
 		{&c.ResolvConf, "/etc/resolv.conf"},
 		{&c.ReadyAddress, ":15021"},
 		{&c.StatusAddress, ":15020"},
+		{&c.ProbeAddress, net.JoinHostPort("127.0.0.1", strconv.Itoa(api.ProbePort))},
 	} {
 		if *field.value == "" {
 			*field.value = field.standard
@@ -218,15 +227,20 @@ func (c *Config) fromOnboard() error {
 	return nil
 }
 
-// sourceAddress is the local address from which a server is reached. Nothing is
-// sent: connecting a UDP socket only looks up the route.
-func sourceAddress(server string) (netip.Addr, error) {
-	conn, err := redirect.Dialer(5*time.Second).Dial("udp", server)
-	if err != nil {
-		return netip.Addr{}, fmt.Errorf("%w: no address given, and none found from which %s is reached: %w", ErrConfig, server, err)
+// sourceAddress is the local address from which a server is reached, the first that is.
+// Nothing is sent: connecting a UDP socket only looks up the route.
+func sourceAddress(list servers.List) (netip.Addr, error) {
+	var last error
+	for _, server := range list {
+		conn, err := redirect.Dialer(5*time.Second).Dial("udp", server)
+		if err != nil {
+			last = err
+			continue
+		}
+		defer conn.Close()
+		return conn.LocalAddr().(*net.UDPAddr).AddrPort().Addr().Unmap(), nil
 	}
-	defer conn.Close()
-	return conn.LocalAddr().(*net.UDPAddr).AddrPort().Addr().Unmap(), nil
+	return netip.Addr{}, fmt.Errorf("%w: no address given, and none found from which %s is reached: %w", ErrConfig, list, last)
 }
 
 func (c *Config) readLabels() error {
@@ -264,7 +278,10 @@ func (c *Config) readLabels() error {
 func (c *Config) socket() string        { return filepath.Join(c.RunDir, "agent.sock") }
 func (c *Config) bootstrapPath() string { return filepath.Join(c.RunDir, "envoy.json") }
 func (c *Config) pidFile() string       { return filepath.Join(c.RunDir, "envoy.pid") }
-func (c *Config) identityPath() string  { return filepath.Join(c.StateDir, "identity.pem") }
+func (c *Config) identityPath() string  { return IdentityPath(c.StateDir) }
+
+// IdentityPath is the file of the certificate in a state folder.
+func IdentityPath(stateDir string) string { return filepath.Join(stateDir, "identity.pem") }
 
 func (c *Config) adminAddress() string {
 	port := c.AdminPort

@@ -16,6 +16,7 @@ import (
 // listening is the sockets of one agent.
 type listening struct {
 	socket, ready, status net.Listener
+	probe                 net.Listener // gateway only
 	packets               []net.PacketConn
 	streams               []net.Listener
 }
@@ -36,6 +37,11 @@ func (l *listening) open(ctx context.Context, c *Config) (err error) {
 	}
 	if l.status, err = config.Listen(ctx, "tcp", c.StatusAddress); err != nil {
 		return fmt.Errorf("status: %w", err)
+	}
+	if c.Role == Gateway {
+		if l.probe, err = config.Listen(ctx, "tcp", c.ProbeAddress); err != nil {
+			return fmt.Errorf("probes: %w", err)
+		}
 	}
 	if c.NoDNS {
 		return nil
@@ -67,7 +73,7 @@ func (l *listening) openDNS(ctx context.Context, address string) error {
 }
 
 func (l *listening) close() {
-	for _, one := range append([]net.Listener{l.socket, l.ready, l.status}, l.streams...) {
+	for _, one := range append([]net.Listener{l.socket, l.ready, l.status, l.probe}, l.streams...) {
 		if one != nil {
 			one.Close()
 		}

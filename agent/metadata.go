@@ -61,7 +61,7 @@ func (c *Config) metadata() map[string]any {
 		"ISTHMUS_VERSION": c.Version,
 		"ISTHMUS_ROLE":    string(c.Role),
 		"PROXY_CONFIG": map[string]any{
-			"discoveryAddress": c.Server,
+			"discoveryAddress": c.servers[0],
 			"drainDuration":    c.Drain.String(),
 			"concurrency":      c.Concurrency,
 		},

@@ -62,6 +62,7 @@ func (a *Agent) newReporter() *report.Reporter {
 		Checker:    a.checker,
 		Version:    a.config.Version,
 		Platform:   platform(),
+		Expires:    func() time.Time { at, _ := a.expires(); return at },
 	}
 	for _, address := range a.config.Addresses {
 		r.Addresses = append(r.Addresses, address.String())

@@ -477,7 +477,7 @@ type ServerVersion struct {
 	TrustDomain string                 `protobuf:"bytes,6,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
 	// "embedded" or "external".
 	Etcd string `protobuf:"bytes,7,opt,name=etcd,proto3" json:"etcd,omitempty"`
-	// Where proxies find meshd, "host:port".
+	// Where proxies find meshd, "host:port", any of its replicas.
 	Advertised    []string `protobuf:"bytes,8,rep,name=advertised,proto3" json:"advertised,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -574,8 +574,10 @@ type MemberVersion struct {
 	state      protoimpl.MessageState `protogen:"open.v1"`
 	Cluster    string                 `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
 	Kubernetes string                 `protobuf:"bytes,2,opt,name=kubernetes,proto3" json:"kubernetes,omitempty"`
-	// Versions that the connected proxies and agents name, with their numbers.
+	// Versions of the connected proxies ("envoy 1.40.0", else "unknown") and of their
+	// agents ("v0.1.0"), as they name them, with how many run each.
 	Proxies       map[string]int32 `protobuf:"bytes,3,rep,name=proxies,proto3" json:"proxies,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
+	Agents        map[string]int32 `protobuf:"bytes,4,rep,name=agents,proto3" json:"agents,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -627,6 +629,13 @@ func (x *MemberVersion) GetKubernetes() string {
 func (x *MemberVersion) GetProxies() map[string]int32 {
 	if x != nil {
 		return x.Proxies
+	}
+	return nil
+}
+
+func (x *MemberVersion) GetAgents() map[string]int32 {
+	if x != nil {
+		return x.Agents
 	}
 	return nil
 }
@@ -916,7 +925,11 @@ type ClusterStatus struct {
 	// The replica that syncs this cluster.
 	SyncedBy string `protobuf:"bytes,11,opt,name=synced_by,json=syncedBy,proto3" json:"synced_by,omitempty"`
 	// Number of proxies of the cluster that are connected to any replica.
-	Proxies       int32 `protobuf:"varint,12,opt,name=proxies,proto3" json:"proxies,omitempty"`
+	Proxies int32 `protobuf:"varint,12,opt,name=proxies,proto3" json:"proxies,omitempty"`
+	// How much its endpoints count for other clusters: "fresh", "demoted" (called
+	// only when nothing fresh is left) or "drained" (only when nobody else has the
+	// service).
+	Standing      string `protobuf:"bytes,13,opt,name=standing,proto3" json:"standing,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1033,6 +1046,13 @@ func (x *ClusterStatus) GetProxies() int32 {
 		return x.Proxies
 	}
 	return 0
+}
+
+func (x *ClusterStatus) GetStanding() string {
+	if x != nil {
+		return x.Standing
+	}
+	return ""
 }
 
 // Gateway is one address at which a network is entered.
@@ -1423,7 +1443,7 @@ type RegisterClusterResponse struct {
 	Findings []*Finding `protobuf:"bytes,4,rep,name=findings,proto3" json:"findings,omitempty"`
 	// PEM of the trust domain's roots.
 	Root []byte `protobuf:"bytes,5,opt,name=root,proto3" json:"root,omitempty"`
-	// Where proxies find meshd, "host:port".
+	// Where proxies find meshd, "host:port", any of its replicas.
 	Advertised    []string `protobuf:"bytes,6,rep,name=advertised,proto3" json:"advertised,omitempty"`
 	TrustDomain   string   `protobuf:"bytes,7,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -1944,14 +1964,19 @@ type Path struct {
 	// Cluster and gateway address that were probed.
 	To      string `protobuf:"bytes,2,opt,name=to,proto3" json:"to,omitempty"`
 	Address string `protobuf:"bytes,3,opt,name=address,proto3" json:"address,omitempty"`
-	// "verified": mutual TLS with a workload behind the gateway was completed;
-	// "reached": the gateway accepted the connection, and there is no workload
-	// behind it yet to speak TLS with; "failed"; "unknown": nobody could probe.
-	State   string               `protobuf:"bytes,4,opt,name=state,proto3" json:"state,omitempty"`
-	Message string               `protobuf:"bytes,5,opt,name=message,proto3" json:"message,omitempty"`
+	// "verified": mutual TLS through the gateway was completed, and both ends have
+	// recognised each other; "reached": the gateway is not of this mesh's making,
+	// accepted the connection, and there is no workload behind it yet to speak TLS
+	// with; "failed"; "unknown": nobody could probe.
+	State   string `protobuf:"bytes,4,opt,name=state,proto3" json:"state,omitempty"`
+	Message string `protobuf:"bytes,5,opt,name=message,proto3" json:"message,omitempty"`
+	// From the first packet to the answer, as whoever probed has measured it.
 	Elapsed *durationpb.Duration `protobuf:"bytes,6,opt,name=elapsed,proto3" json:"elapsed,omitempty"`
-	// The service that answered, when verified.
-	Service       string `protobuf:"bytes,7,opt,name=service,proto3" json:"service,omitempty"`
+	// The service that answered behind a gateway of another making; empty where the
+	// gateway's own agent did.
+	Service string `protobuf:"bytes,7,opt,name=service,proto3" json:"service,omitempty"`
+	// SPIFFE ID of who answered, when verified.
+	Peer          string `protobuf:"bytes,8,opt,name=peer,proto3" json:"peer,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2031,6 +2056,13 @@ func (x *Path) GetElapsed() *durationpb.Duration {
 func (x *Path) GetService() string {
 	if x != nil {
 		return x.Service
+	}
+	return ""
+}
+
+func (x *Path) GetPeer() string {
+	if x != nil {
+		return x.Peer
 	}
 	return ""
 }
@@ -2850,8 +2882,9 @@ type Proxy struct {
 	Identity  string                 `protobuf:"bytes,8,opt,name=identity,proto3" json:"identity,omitempty"`
 	Connected *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=connected,proto3" json:"connected,omitempty"`
 	// The replica it is connected to.
-	Replica            string                 `protobuf:"bytes,10,opt,name=replica,proto3" json:"replica,omitempty"`
-	Types              []*ProxyType           `protobuf:"bytes,11,rep,name=types,proto3" json:"types,omitempty"`
+	Replica string       `protobuf:"bytes,10,opt,name=replica,proto3" json:"replica,omitempty"`
+	Types   []*ProxyType `protobuf:"bytes,11,rep,name=types,proto3" json:"types,omitempty"`
+	// What its agent says of itself; empty where it does not.
 	AgentVersion       string                 `protobuf:"bytes,12,opt,name=agent_version,json=agentVersion,proto3" json:"agent_version,omitempty"`
 	EnvoyVersion       string                 `protobuf:"bytes,13,opt,name=envoy_version,json=envoyVersion,proto3" json:"envoy_version,omitempty"`
 	CertificateExpires *timestamppb.Timestamp `protobuf:"bytes,14,opt,name=certificate_expires,json=certificateExpires,proto3" json:"certificate_expires,omitempty"`
@@ -3752,6 +3785,8 @@ func (x *VMPort) GetProtocol() string {
 type VMStatus struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// "Pending", "Redeemed", "Connected", "Healthy", "Unhealthy", "Lost" or "Expired".
+	// Expired is a machine that needs a new token: its token ended unused, or its
+	// certificate did while it was away.
 	Phase              string                 `protobuf:"bytes,1,opt,name=phase,proto3" json:"phase,omitempty"`
 	Conditions         []*Condition           `protobuf:"bytes,2,rep,name=conditions,proto3" json:"conditions,omitempty"`
 	Addresses          []string               `protobuf:"bytes,3,rep,name=addresses,proto3" json:"addresses,omitempty"`
@@ -4318,12 +4353,17 @@ type Activity struct {
 	Actor string `protobuf:"bytes,2,opt,name=actor,proto3" json:"actor,omitempty"`
 	// "register-cluster", "issue", "refuse", ...
 	Verb string `protobuf:"bytes,3,opt,name=verb,proto3" json:"verb,omitempty"`
-	// What it was done to.
+	// What it was done to: "pod shop/cart-7d9f in east", "cluster east", ...
 	Object string `protobuf:"bytes,4,opt,name=object,proto3" json:"object,omitempty"`
 	// "ok" or "refused".
-	Result        string `protobuf:"bytes,5,opt,name=result,proto3" json:"result,omitempty"`
-	Message       string `protobuf:"bytes,6,opt,name=message,proto3" json:"message,omitempty"`
-	Replica       string `protobuf:"bytes,7,opt,name=replica,proto3" json:"replica,omitempty"`
+	Result  string `protobuf:"bytes,5,opt,name=result,proto3" json:"result,omitempty"`
+	Message string `protobuf:"bytes,6,opt,name=message,proto3" json:"message,omitempty"`
+	// The replica that did it, and whose log has the record.
+	Replica string `protobuf:"bytes,7,opt,name=replica,proto3" json:"replica,omitempty"`
+	// The source and the UID (of a machine the name) behind the names of object,
+	// where it has any: "kube:<uid>", "vm:<network>".
+	Source        string `protobuf:"bytes,8,opt,name=source,proto3" json:"source,omitempty"`
+	Instance      string `protobuf:"bytes,9,opt,name=instance,proto3" json:"instance,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4407,6 +4447,20 @@ func (x *Activity) GetReplica() string {
 	return ""
 }
 
+func (x *Activity) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *Activity) GetInstance() string {
+	if x != nil {
+		return x.Instance
+	}
+	return ""
+}
+
 var File_admin_proto protoreflect.FileDescriptor
 
 const file_admin_proto_rawDesc = "" +
@@ -4459,14 +4513,18 @@ const file_admin_proto_rawDesc = "" +
 	"\x04etcd\x18\a \x01(\tR\x04etcd\x12\x1e\n" +
 	"\n" +
 	"advertised\x18\b \x03(\tR\n" +
-	"advertised\"\xc7\x01\n" +
+	"advertised\"\xc1\x02\n" +
 	"\rMemberVersion\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\x12\x1e\n" +
 	"\n" +
 	"kubernetes\x18\x02 \x01(\tR\n" +
 	"kubernetes\x12@\n" +
-	"\aproxies\x18\x03 \x03(\v2&.isthmus.v1.MemberVersion.ProxiesEntryR\aproxies\x1a:\n" +
+	"\aproxies\x18\x03 \x03(\v2&.isthmus.v1.MemberVersion.ProxiesEntryR\aproxies\x12=\n" +
+	"\x06agents\x18\x04 \x03(\v2%.isthmus.v1.MemberVersion.AgentsEntryR\x06agents\x1a:\n" +
 	"\fProxiesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x05R\x05value:\x028\x01\x1a9\n" +
+	"\vAgentsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\x05R\x05value:\x028\x01\"\xd0\x01\n" +
 	"\aCluster\x12\x1f\n" +
@@ -4494,7 +4552,7 @@ const file_admin_proto_rawDesc = "" +
 	"\n" +
 	"namespaces\x18\x01 \x03(\tR\n" +
 	"namespaces\x12)\n" +
-	"\x10service_accounts\x18\x02 \x03(\tR\x0fserviceAccounts\"\x84\x04\n" +
+	"\x10service_accounts\x18\x02 \x03(\tR\x0fserviceAccounts\"\xa0\x04\n" +
 	"\rClusterStatus\x12\x14\n" +
 	"\x05phase\x18\x01 \x01(\tR\x05phase\x125\n" +
 	"\n" +
@@ -4511,7 +4569,8 @@ const file_admin_proto_rawDesc = "" +
 	" \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"lastSynced\x12\x1b\n" +
 	"\tsynced_by\x18\v \x01(\tR\bsyncedBy\x12\x18\n" +
-	"\aproxies\x18\f \x01(\x05R\aproxies\"\x7f\n" +
+	"\aproxies\x18\f \x01(\x05R\aproxies\x12\x1a\n" +
+	"\bstanding\x18\r \x01(\tR\bstanding\"\x7f\n" +
 	"\aGateway\x12\x18\n" +
 	"\aaddress\x18\x01 \x01(\tR\aaddress\x12\x12\n" +
 	"\x04port\x18\x02 \x01(\rR\x04port\x12\x16\n" +
@@ -4577,7 +4636,7 @@ const file_admin_proto_rawDesc = "" +
 	"\acluster\x18\x01 \x01(\tR\acluster\"4\n" +
 	"\n" +
 	"PathReport\x12&\n" +
-	"\x05paths\x18\x01 \x03(\v2\x10.isthmus.v1.PathR\x05paths\"\xc3\x01\n" +
+	"\x05paths\x18\x01 \x03(\v2\x10.isthmus.v1.PathR\x05paths\"\xd7\x01\n" +
 	"\x04Path\x12\x12\n" +
 	"\x04from\x18\x01 \x01(\tR\x04from\x12\x0e\n" +
 	"\x02to\x18\x02 \x01(\tR\x02to\x12\x18\n" +
@@ -4585,7 +4644,8 @@ const file_admin_proto_rawDesc = "" +
 	"\x05state\x18\x04 \x01(\tR\x05state\x12\x18\n" +
 	"\amessage\x18\x05 \x01(\tR\amessage\x123\n" +
 	"\aelapsed\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\aelapsed\x12\x18\n" +
-	"\aservice\x18\a \x01(\tR\aservice\"a\n" +
+	"\aservice\x18\a \x01(\tR\aservice\x12\x12\n" +
+	"\x04peer\x18\b \x01(\tR\x04peer\"a\n" +
 	"\x13ListServicesRequest\x12\x1c\n" +
 	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x18\n" +
@@ -4778,7 +4838,7 @@ const file_admin_proto_rawDesc = "" +
 	"\x13TailActivityRequest\x12/\n" +
 	"\x05since\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\x05since\x12\x16\n" +
 	"\x06follow\x18\x02 \x01(\bR\x06follow\x12\x14\n" +
-	"\x05limit\x18\x03 \x01(\x05R\x05limit\"\xc8\x01\n" +
+	"\x05limit\x18\x03 \x01(\x05R\x05limit\"\xfc\x01\n" +
 	"\bActivity\x12.\n" +
 	"\x04time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x14\n" +
 	"\x05actor\x18\x02 \x01(\tR\x05actor\x12\x12\n" +
@@ -4786,7 +4846,9 @@ const file_admin_proto_rawDesc = "" +
 	"\x06object\x18\x04 \x01(\tR\x06object\x12\x16\n" +
 	"\x06result\x18\x05 \x01(\tR\x06result\x12\x18\n" +
 	"\amessage\x18\x06 \x01(\tR\amessage\x12\x18\n" +
-	"\areplica\x18\a \x01(\tR\areplica2\xfd\n" +
+	"\areplica\x18\a \x01(\tR\areplica\x12\x16\n" +
+	"\x06source\x18\b \x01(\tR\x06source\x12\x1a\n" +
+	"\binstance\x18\t \x01(\tR\binstance2\xfd\n" +
 	"\n" +
 	"\x05Admin\x12F\n" +
 	"\n" +
@@ -4827,7 +4889,7 @@ func file_admin_proto_rawDescGZIP() []byte {
 	return file_admin_proto_rawDescData
 }
 
-var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 59)
+var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 60)
 var file_admin_proto_goTypes = []any{
 	(*Metadata)(nil),                 // 0: isthmus.v1.Metadata
 	(*Condition)(nil),                // 1: isthmus.v1.Condition
@@ -4888,125 +4950,127 @@ var file_admin_proto_goTypes = []any{
 	(*Activity)(nil),                 // 56: isthmus.v1.Activity
 	nil,                              // 57: isthmus.v1.Metadata.LabelsEntry
 	nil,                              // 58: isthmus.v1.MemberVersion.ProxiesEntry
-	(*timestamppb.Timestamp)(nil),    // 59: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),      // 60: google.protobuf.Duration
-	(*VerifyActivityRequest)(nil),    // 61: isthmus.v1.VerifyActivityRequest
-	(*GetAuthorityRequest)(nil),      // 62: isthmus.v1.GetAuthorityRequest
-	(*ActivityReport)(nil),           // 63: isthmus.v1.ActivityReport
-	(*AuthorityReport)(nil),          // 64: isthmus.v1.AuthorityReport
+	nil,                              // 59: isthmus.v1.MemberVersion.AgentsEntry
+	(*timestamppb.Timestamp)(nil),    // 60: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),      // 61: google.protobuf.Duration
+	(*VerifyActivityRequest)(nil),    // 62: isthmus.v1.VerifyActivityRequest
+	(*GetAuthorityRequest)(nil),      // 63: isthmus.v1.GetAuthorityRequest
+	(*ActivityReport)(nil),           // 64: isthmus.v1.ActivityReport
+	(*AuthorityReport)(nil),          // 65: isthmus.v1.AuthorityReport
 }
 var file_admin_proto_depIdxs = []int32{
-	59, // 0: isthmus.v1.Metadata.created:type_name -> google.protobuf.Timestamp
+	60, // 0: isthmus.v1.Metadata.created:type_name -> google.protobuf.Timestamp
 	57, // 1: isthmus.v1.Metadata.labels:type_name -> isthmus.v1.Metadata.LabelsEntry
-	59, // 2: isthmus.v1.Condition.last_transition:type_name -> google.protobuf.Timestamp
-	59, // 3: isthmus.v1.Finding.since:type_name -> google.protobuf.Timestamp
-	60, // 4: isthmus.v1.Progress.elapsed:type_name -> google.protobuf.Duration
+	60, // 2: isthmus.v1.Condition.last_transition:type_name -> google.protobuf.Timestamp
+	60, // 3: isthmus.v1.Finding.since:type_name -> google.protobuf.Timestamp
+	61, // 4: isthmus.v1.Progress.elapsed:type_name -> google.protobuf.Duration
 	6,  // 5: isthmus.v1.VersionReport.server:type_name -> isthmus.v1.ServerVersion
 	7,  // 6: isthmus.v1.VersionReport.members:type_name -> isthmus.v1.MemberVersion
-	59, // 7: isthmus.v1.ServerVersion.started:type_name -> google.protobuf.Timestamp
+	60, // 7: isthmus.v1.ServerVersion.started:type_name -> google.protobuf.Timestamp
 	58, // 8: isthmus.v1.MemberVersion.proxies:type_name -> isthmus.v1.MemberVersion.ProxiesEntry
-	0,  // 9: isthmus.v1.Cluster.metadata:type_name -> isthmus.v1.Metadata
-	9,  // 10: isthmus.v1.Cluster.spec:type_name -> isthmus.v1.ClusterSpec
-	11, // 11: isthmus.v1.Cluster.status:type_name -> isthmus.v1.ClusterStatus
-	10, // 12: isthmus.v1.ClusterSpec.grant:type_name -> isthmus.v1.Grant
-	1,  // 13: isthmus.v1.ClusterStatus.conditions:type_name -> isthmus.v1.Condition
-	60, // 14: isthmus.v1.ClusterStatus.lag:type_name -> google.protobuf.Duration
-	12, // 15: isthmus.v1.ClusterStatus.gateways:type_name -> isthmus.v1.Gateway
-	59, // 16: isthmus.v1.ClusterStatus.credentials_expire:type_name -> google.protobuf.Timestamp
-	59, // 17: isthmus.v1.ClusterStatus.last_synced:type_name -> google.protobuf.Timestamp
-	8,  // 18: isthmus.v1.ClusterList.items:type_name -> isthmus.v1.Cluster
-	59, // 19: isthmus.v1.Credential.expires:type_name -> google.protobuf.Timestamp
-	8,  // 20: isthmus.v1.RegisterClusterRequest.cluster:type_name -> isthmus.v1.Cluster
-	16, // 21: isthmus.v1.RegisterClusterRequest.reader:type_name -> isthmus.v1.Credential
-	16, // 22: isthmus.v1.RegisterClusterRequest.writer:type_name -> isthmus.v1.Credential
-	8,  // 23: isthmus.v1.RegisterClusterResponse.cluster:type_name -> isthmus.v1.Cluster
-	2,  // 24: isthmus.v1.RegisterClusterResponse.findings:type_name -> isthmus.v1.Finding
-	8,  // 25: isthmus.v1.Departure.cluster:type_name -> isthmus.v1.Cluster
-	60, // 26: isthmus.v1.RemoveClusterRequest.drain_timeout:type_name -> google.protobuf.Duration
-	60, // 27: isthmus.v1.ReachReport.elapsed:type_name -> google.protobuf.Duration
-	2,  // 28: isthmus.v1.ReachReport.findings:type_name -> isthmus.v1.Finding
-	26, // 29: isthmus.v1.PathReport.paths:type_name -> isthmus.v1.Path
-	60, // 30: isthmus.v1.Path.elapsed:type_name -> google.protobuf.Duration
-	29, // 31: isthmus.v1.ServiceList.items:type_name -> isthmus.v1.Service
-	0,  // 32: isthmus.v1.Service.metadata:type_name -> isthmus.v1.Metadata
-	30, // 33: isthmus.v1.Service.ports:type_name -> isthmus.v1.Port
-	31, // 34: isthmus.v1.Service.records:type_name -> isthmus.v1.Record
-	2,  // 35: isthmus.v1.Service.findings:type_name -> isthmus.v1.Finding
-	30, // 36: isthmus.v1.Record.ports:type_name -> isthmus.v1.Port
-	59, // 37: isthmus.v1.Record.stale_since:type_name -> google.protobuf.Timestamp
-	34, // 38: isthmus.v1.EndpointList.items:type_name -> isthmus.v1.Endpoint
-	59, // 39: isthmus.v1.Endpoint.stale_since:type_name -> google.protobuf.Timestamp
-	37, // 40: isthmus.v1.ProxyList.items:type_name -> isthmus.v1.Proxy
-	0,  // 41: isthmus.v1.Proxy.metadata:type_name -> isthmus.v1.Metadata
-	59, // 42: isthmus.v1.Proxy.connected:type_name -> google.protobuf.Timestamp
-	38, // 43: isthmus.v1.Proxy.types:type_name -> isthmus.v1.ProxyType
-	59, // 44: isthmus.v1.Proxy.certificate_expires:type_name -> google.protobuf.Timestamp
-	59, // 45: isthmus.v1.Proxy.behind_since:type_name -> google.protobuf.Timestamp
-	59, // 46: isthmus.v1.ProxyType.acked:type_name -> google.protobuf.Timestamp
-	59, // 47: isthmus.v1.ProxyType.since:type_name -> google.protobuf.Timestamp
-	41, // 48: isthmus.v1.ConfigObjectList.items:type_name -> isthmus.v1.ConfigObject
-	0,  // 49: isthmus.v1.ConfigObject.metadata:type_name -> isthmus.v1.Metadata
-	44, // 50: isthmus.v1.CheckReport.groups:type_name -> isthmus.v1.CheckGroup
-	2,  // 51: isthmus.v1.CheckGroup.findings:type_name -> isthmus.v1.Finding
-	0,  // 52: isthmus.v1.VM.metadata:type_name -> isthmus.v1.Metadata
-	46, // 53: isthmus.v1.VM.spec:type_name -> isthmus.v1.VMSpec
-	48, // 54: isthmus.v1.VM.status:type_name -> isthmus.v1.VMStatus
-	47, // 55: isthmus.v1.VMSpec.ports:type_name -> isthmus.v1.VMPort
-	1,  // 56: isthmus.v1.VMStatus.conditions:type_name -> isthmus.v1.Condition
-	59, // 57: isthmus.v1.VMStatus.token_expires:type_name -> google.protobuf.Timestamp
-	59, // 58: isthmus.v1.VMStatus.certificate_expires:type_name -> google.protobuf.Timestamp
-	59, // 59: isthmus.v1.VMStatus.last_report:type_name -> google.protobuf.Timestamp
-	45, // 60: isthmus.v1.OnboardVMRequest.vm:type_name -> isthmus.v1.VM
-	60, // 61: isthmus.v1.OnboardVMRequest.token_lifetime:type_name -> google.protobuf.Duration
-	45, // 62: isthmus.v1.OnboardVMResponse.vm:type_name -> isthmus.v1.VM
-	2,  // 63: isthmus.v1.OnboardVMResponse.findings:type_name -> isthmus.v1.Finding
-	45, // 64: isthmus.v1.VMList.items:type_name -> isthmus.v1.VM
-	45, // 65: isthmus.v1.OffboardVMResponse.vm:type_name -> isthmus.v1.VM
-	60, // 66: isthmus.v1.TailActivityRequest.since:type_name -> google.protobuf.Duration
-	59, // 67: isthmus.v1.Activity.time:type_name -> google.protobuf.Timestamp
-	4,  // 68: isthmus.v1.Admin.GetVersion:input_type -> isthmus.v1.GetVersionRequest
-	13, // 69: isthmus.v1.Admin.ListClusters:input_type -> isthmus.v1.ListClustersRequest
-	14, // 70: isthmus.v1.Admin.GetCluster:input_type -> isthmus.v1.GetClusterRequest
-	17, // 71: isthmus.v1.Admin.RegisterCluster:input_type -> isthmus.v1.RegisterClusterRequest
-	19, // 72: isthmus.v1.Admin.DescribeDeparture:input_type -> isthmus.v1.DescribeDepartureRequest
-	21, // 73: isthmus.v1.Admin.RemoveCluster:input_type -> isthmus.v1.RemoveClusterRequest
-	22, // 74: isthmus.v1.Admin.CheckReach:input_type -> isthmus.v1.CheckReachRequest
-	24, // 75: isthmus.v1.Admin.ProbePaths:input_type -> isthmus.v1.ProbePathsRequest
-	27, // 76: isthmus.v1.Admin.ListServices:input_type -> isthmus.v1.ListServicesRequest
-	32, // 77: isthmus.v1.Admin.ListEndpoints:input_type -> isthmus.v1.ListEndpointsRequest
-	35, // 78: isthmus.v1.Admin.ListProxies:input_type -> isthmus.v1.ListProxiesRequest
-	39, // 79: isthmus.v1.Admin.ListConfig:input_type -> isthmus.v1.ListConfigRequest
-	42, // 80: isthmus.v1.Admin.Check:input_type -> isthmus.v1.CheckRequest
-	49, // 81: isthmus.v1.Admin.OnboardVM:input_type -> isthmus.v1.OnboardVMRequest
-	51, // 82: isthmus.v1.Admin.ListVMs:input_type -> isthmus.v1.ListVMsRequest
-	53, // 83: isthmus.v1.Admin.OffboardVM:input_type -> isthmus.v1.OffboardVMRequest
-	55, // 84: isthmus.v1.Admin.TailActivity:input_type -> isthmus.v1.TailActivityRequest
-	61, // 85: isthmus.v1.Admin.VerifyActivity:input_type -> isthmus.v1.VerifyActivityRequest
-	62, // 86: isthmus.v1.Admin.GetAuthority:input_type -> isthmus.v1.GetAuthorityRequest
-	5,  // 87: isthmus.v1.Admin.GetVersion:output_type -> isthmus.v1.VersionReport
-	15, // 88: isthmus.v1.Admin.ListClusters:output_type -> isthmus.v1.ClusterList
-	8,  // 89: isthmus.v1.Admin.GetCluster:output_type -> isthmus.v1.Cluster
-	18, // 90: isthmus.v1.Admin.RegisterCluster:output_type -> isthmus.v1.RegisterClusterResponse
-	20, // 91: isthmus.v1.Admin.DescribeDeparture:output_type -> isthmus.v1.Departure
-	3,  // 92: isthmus.v1.Admin.RemoveCluster:output_type -> isthmus.v1.Progress
-	23, // 93: isthmus.v1.Admin.CheckReach:output_type -> isthmus.v1.ReachReport
-	25, // 94: isthmus.v1.Admin.ProbePaths:output_type -> isthmus.v1.PathReport
-	28, // 95: isthmus.v1.Admin.ListServices:output_type -> isthmus.v1.ServiceList
-	33, // 96: isthmus.v1.Admin.ListEndpoints:output_type -> isthmus.v1.EndpointList
-	36, // 97: isthmus.v1.Admin.ListProxies:output_type -> isthmus.v1.ProxyList
-	40, // 98: isthmus.v1.Admin.ListConfig:output_type -> isthmus.v1.ConfigObjectList
-	43, // 99: isthmus.v1.Admin.Check:output_type -> isthmus.v1.CheckReport
-	50, // 100: isthmus.v1.Admin.OnboardVM:output_type -> isthmus.v1.OnboardVMResponse
-	52, // 101: isthmus.v1.Admin.ListVMs:output_type -> isthmus.v1.VMList
-	54, // 102: isthmus.v1.Admin.OffboardVM:output_type -> isthmus.v1.OffboardVMResponse
-	56, // 103: isthmus.v1.Admin.TailActivity:output_type -> isthmus.v1.Activity
-	63, // 104: isthmus.v1.Admin.VerifyActivity:output_type -> isthmus.v1.ActivityReport
-	64, // 105: isthmus.v1.Admin.GetAuthority:output_type -> isthmus.v1.AuthorityReport
-	87, // [87:106] is the sub-list for method output_type
-	68, // [68:87] is the sub-list for method input_type
-	68, // [68:68] is the sub-list for extension type_name
-	68, // [68:68] is the sub-list for extension extendee
-	0,  // [0:68] is the sub-list for field type_name
+	59, // 9: isthmus.v1.MemberVersion.agents:type_name -> isthmus.v1.MemberVersion.AgentsEntry
+	0,  // 10: isthmus.v1.Cluster.metadata:type_name -> isthmus.v1.Metadata
+	9,  // 11: isthmus.v1.Cluster.spec:type_name -> isthmus.v1.ClusterSpec
+	11, // 12: isthmus.v1.Cluster.status:type_name -> isthmus.v1.ClusterStatus
+	10, // 13: isthmus.v1.ClusterSpec.grant:type_name -> isthmus.v1.Grant
+	1,  // 14: isthmus.v1.ClusterStatus.conditions:type_name -> isthmus.v1.Condition
+	61, // 15: isthmus.v1.ClusterStatus.lag:type_name -> google.protobuf.Duration
+	12, // 16: isthmus.v1.ClusterStatus.gateways:type_name -> isthmus.v1.Gateway
+	60, // 17: isthmus.v1.ClusterStatus.credentials_expire:type_name -> google.protobuf.Timestamp
+	60, // 18: isthmus.v1.ClusterStatus.last_synced:type_name -> google.protobuf.Timestamp
+	8,  // 19: isthmus.v1.ClusterList.items:type_name -> isthmus.v1.Cluster
+	60, // 20: isthmus.v1.Credential.expires:type_name -> google.protobuf.Timestamp
+	8,  // 21: isthmus.v1.RegisterClusterRequest.cluster:type_name -> isthmus.v1.Cluster
+	16, // 22: isthmus.v1.RegisterClusterRequest.reader:type_name -> isthmus.v1.Credential
+	16, // 23: isthmus.v1.RegisterClusterRequest.writer:type_name -> isthmus.v1.Credential
+	8,  // 24: isthmus.v1.RegisterClusterResponse.cluster:type_name -> isthmus.v1.Cluster
+	2,  // 25: isthmus.v1.RegisterClusterResponse.findings:type_name -> isthmus.v1.Finding
+	8,  // 26: isthmus.v1.Departure.cluster:type_name -> isthmus.v1.Cluster
+	61, // 27: isthmus.v1.RemoveClusterRequest.drain_timeout:type_name -> google.protobuf.Duration
+	61, // 28: isthmus.v1.ReachReport.elapsed:type_name -> google.protobuf.Duration
+	2,  // 29: isthmus.v1.ReachReport.findings:type_name -> isthmus.v1.Finding
+	26, // 30: isthmus.v1.PathReport.paths:type_name -> isthmus.v1.Path
+	61, // 31: isthmus.v1.Path.elapsed:type_name -> google.protobuf.Duration
+	29, // 32: isthmus.v1.ServiceList.items:type_name -> isthmus.v1.Service
+	0,  // 33: isthmus.v1.Service.metadata:type_name -> isthmus.v1.Metadata
+	30, // 34: isthmus.v1.Service.ports:type_name -> isthmus.v1.Port
+	31, // 35: isthmus.v1.Service.records:type_name -> isthmus.v1.Record
+	2,  // 36: isthmus.v1.Service.findings:type_name -> isthmus.v1.Finding
+	30, // 37: isthmus.v1.Record.ports:type_name -> isthmus.v1.Port
+	60, // 38: isthmus.v1.Record.stale_since:type_name -> google.protobuf.Timestamp
+	34, // 39: isthmus.v1.EndpointList.items:type_name -> isthmus.v1.Endpoint
+	60, // 40: isthmus.v1.Endpoint.stale_since:type_name -> google.protobuf.Timestamp
+	37, // 41: isthmus.v1.ProxyList.items:type_name -> isthmus.v1.Proxy
+	0,  // 42: isthmus.v1.Proxy.metadata:type_name -> isthmus.v1.Metadata
+	60, // 43: isthmus.v1.Proxy.connected:type_name -> google.protobuf.Timestamp
+	38, // 44: isthmus.v1.Proxy.types:type_name -> isthmus.v1.ProxyType
+	60, // 45: isthmus.v1.Proxy.certificate_expires:type_name -> google.protobuf.Timestamp
+	60, // 46: isthmus.v1.Proxy.behind_since:type_name -> google.protobuf.Timestamp
+	60, // 47: isthmus.v1.ProxyType.acked:type_name -> google.protobuf.Timestamp
+	60, // 48: isthmus.v1.ProxyType.since:type_name -> google.protobuf.Timestamp
+	41, // 49: isthmus.v1.ConfigObjectList.items:type_name -> isthmus.v1.ConfigObject
+	0,  // 50: isthmus.v1.ConfigObject.metadata:type_name -> isthmus.v1.Metadata
+	44, // 51: isthmus.v1.CheckReport.groups:type_name -> isthmus.v1.CheckGroup
+	2,  // 52: isthmus.v1.CheckGroup.findings:type_name -> isthmus.v1.Finding
+	0,  // 53: isthmus.v1.VM.metadata:type_name -> isthmus.v1.Metadata
+	46, // 54: isthmus.v1.VM.spec:type_name -> isthmus.v1.VMSpec
+	48, // 55: isthmus.v1.VM.status:type_name -> isthmus.v1.VMStatus
+	47, // 56: isthmus.v1.VMSpec.ports:type_name -> isthmus.v1.VMPort
+	1,  // 57: isthmus.v1.VMStatus.conditions:type_name -> isthmus.v1.Condition
+	60, // 58: isthmus.v1.VMStatus.token_expires:type_name -> google.protobuf.Timestamp
+	60, // 59: isthmus.v1.VMStatus.certificate_expires:type_name -> google.protobuf.Timestamp
+	60, // 60: isthmus.v1.VMStatus.last_report:type_name -> google.protobuf.Timestamp
+	45, // 61: isthmus.v1.OnboardVMRequest.vm:type_name -> isthmus.v1.VM
+	61, // 62: isthmus.v1.OnboardVMRequest.token_lifetime:type_name -> google.protobuf.Duration
+	45, // 63: isthmus.v1.OnboardVMResponse.vm:type_name -> isthmus.v1.VM
+	2,  // 64: isthmus.v1.OnboardVMResponse.findings:type_name -> isthmus.v1.Finding
+	45, // 65: isthmus.v1.VMList.items:type_name -> isthmus.v1.VM
+	45, // 66: isthmus.v1.OffboardVMResponse.vm:type_name -> isthmus.v1.VM
+	61, // 67: isthmus.v1.TailActivityRequest.since:type_name -> google.protobuf.Duration
+	60, // 68: isthmus.v1.Activity.time:type_name -> google.protobuf.Timestamp
+	4,  // 69: isthmus.v1.Admin.GetVersion:input_type -> isthmus.v1.GetVersionRequest
+	13, // 70: isthmus.v1.Admin.ListClusters:input_type -> isthmus.v1.ListClustersRequest
+	14, // 71: isthmus.v1.Admin.GetCluster:input_type -> isthmus.v1.GetClusterRequest
+	17, // 72: isthmus.v1.Admin.RegisterCluster:input_type -> isthmus.v1.RegisterClusterRequest
+	19, // 73: isthmus.v1.Admin.DescribeDeparture:input_type -> isthmus.v1.DescribeDepartureRequest
+	21, // 74: isthmus.v1.Admin.RemoveCluster:input_type -> isthmus.v1.RemoveClusterRequest
+	22, // 75: isthmus.v1.Admin.CheckReach:input_type -> isthmus.v1.CheckReachRequest
+	24, // 76: isthmus.v1.Admin.ProbePaths:input_type -> isthmus.v1.ProbePathsRequest
+	27, // 77: isthmus.v1.Admin.ListServices:input_type -> isthmus.v1.ListServicesRequest
+	32, // 78: isthmus.v1.Admin.ListEndpoints:input_type -> isthmus.v1.ListEndpointsRequest
+	35, // 79: isthmus.v1.Admin.ListProxies:input_type -> isthmus.v1.ListProxiesRequest
+	39, // 80: isthmus.v1.Admin.ListConfig:input_type -> isthmus.v1.ListConfigRequest
+	42, // 81: isthmus.v1.Admin.Check:input_type -> isthmus.v1.CheckRequest
+	49, // 82: isthmus.v1.Admin.OnboardVM:input_type -> isthmus.v1.OnboardVMRequest
+	51, // 83: isthmus.v1.Admin.ListVMs:input_type -> isthmus.v1.ListVMsRequest
+	53, // 84: isthmus.v1.Admin.OffboardVM:input_type -> isthmus.v1.OffboardVMRequest
+	55, // 85: isthmus.v1.Admin.TailActivity:input_type -> isthmus.v1.TailActivityRequest
+	62, // 86: isthmus.v1.Admin.VerifyActivity:input_type -> isthmus.v1.VerifyActivityRequest
+	63, // 87: isthmus.v1.Admin.GetAuthority:input_type -> isthmus.v1.GetAuthorityRequest
+	5,  // 88: isthmus.v1.Admin.GetVersion:output_type -> isthmus.v1.VersionReport
+	15, // 89: isthmus.v1.Admin.ListClusters:output_type -> isthmus.v1.ClusterList
+	8,  // 90: isthmus.v1.Admin.GetCluster:output_type -> isthmus.v1.Cluster
+	18, // 91: isthmus.v1.Admin.RegisterCluster:output_type -> isthmus.v1.RegisterClusterResponse
+	20, // 92: isthmus.v1.Admin.DescribeDeparture:output_type -> isthmus.v1.Departure
+	3,  // 93: isthmus.v1.Admin.RemoveCluster:output_type -> isthmus.v1.Progress
+	23, // 94: isthmus.v1.Admin.CheckReach:output_type -> isthmus.v1.ReachReport
+	25, // 95: isthmus.v1.Admin.ProbePaths:output_type -> isthmus.v1.PathReport
+	28, // 96: isthmus.v1.Admin.ListServices:output_type -> isthmus.v1.ServiceList
+	33, // 97: isthmus.v1.Admin.ListEndpoints:output_type -> isthmus.v1.EndpointList
+	36, // 98: isthmus.v1.Admin.ListProxies:output_type -> isthmus.v1.ProxyList
+	40, // 99: isthmus.v1.Admin.ListConfig:output_type -> isthmus.v1.ConfigObjectList
+	43, // 100: isthmus.v1.Admin.Check:output_type -> isthmus.v1.CheckReport
+	50, // 101: isthmus.v1.Admin.OnboardVM:output_type -> isthmus.v1.OnboardVMResponse
+	52, // 102: isthmus.v1.Admin.ListVMs:output_type -> isthmus.v1.VMList
+	54, // 103: isthmus.v1.Admin.OffboardVM:output_type -> isthmus.v1.OffboardVMResponse
+	56, // 104: isthmus.v1.Admin.TailActivity:output_type -> isthmus.v1.Activity
+	64, // 105: isthmus.v1.Admin.VerifyActivity:output_type -> isthmus.v1.ActivityReport
+	65, // 106: isthmus.v1.Admin.GetAuthority:output_type -> isthmus.v1.AuthorityReport
+	88, // [88:107] is the sub-list for method output_type
+	69, // [69:88] is the sub-list for method input_type
+	69, // [69:69] is the sub-list for extension type_name
+	69, // [69:69] is the sub-list for extension extendee
+	0,  // [0:69] is the sub-list for field type_name
 }
 
 func init() { file_admin_proto_init() }
@@ -5021,7 +5085,7 @@ func file_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_admin_proto_rawDesc), len(file_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   59,
+			NumMessages:   60,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -92,8 +92,8 @@ type AdminClient interface {
 	// OffboardVM takes a virtual machine out, closes its streams and refuses the
 	// renewal of its certificate.
 	OffboardVM(ctx context.Context, in *OffboardVMRequest, opts ...grpc.CallOption) (*OffboardVMResponse, error)
-	// TailActivity streams the audit records, oldest first; with follow it goes on
-	// as new ones are written.
+	// TailActivity streams the audit records of all replicas that answer, oldest
+	// first; with follow it goes on as new ones are written.
 	TailActivity(ctx context.Context, in *TailActivityRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Activity], error)
 	// VerifyActivity reads the audit logs of all replicas from their beginning, and
 	// compares them with the heads that are kept in the store.
@@ -368,8 +368,8 @@ type AdminServer interface {
 	// OffboardVM takes a virtual machine out, closes its streams and refuses the
 	// renewal of its certificate.
 	OffboardVM(context.Context, *OffboardVMRequest) (*OffboardVMResponse, error)
-	// TailActivity streams the audit records, oldest first; with follow it goes on
-	// as new ones are written.
+	// TailActivity streams the audit records of all replicas that answer, oldest
+	// first; with follow it goes on as new ones are written.
 	TailActivity(*TailActivityRequest, grpc.ServerStreamingServer[Activity]) error
 	// VerifyActivity reads the audit logs of all replicas from their beginning, and
 	// compares them with the heads that are kept in the store.

@@ -53,6 +53,7 @@ const (
 	WatchLag             Code = "MESH3004"
 	ClusterNoGateway     Code = "MESH3005"
 	AnotherCluster       Code = "MESH3006"
+	ClusterSetAside      Code = "MESH3007"
 	ResourceNotBuilt     Code = "MESH4001"
 	PartlyTranslated     Code = "MESH4002"
 	ProxyPending         Code = "MESH4101"
@@ -150,7 +151,7 @@ var explanations = map[Code]Explanation{
 	MissingPermission: {
 		Title:   "your account in the member cluster may not do what a join needs",
 		Meaning: "Before anything is changed, the command asks the cluster whether you may apply what a member needs. The missing permissions are listed one a line.",
-		Remedy:  "Use a context whose user has these permissions (usually cluster-admin), or have the manifests applied by somebody else: mesh join cluster NAME --output-dir DIR.",
+		Remedy:  "Use a context whose user has these permissions (usually cluster-admin), or have the manifests applied by somebody who may: mesh join cluster NAME --output-dir DIR writes them. A join after that looks whether they are as they are to be, and needs no more than to create tokens for meshd's accounts (serviceaccounts/token in isthmus-system).",
 	},
 	MemberUnreachable: {
 		Title:   "this machine does not reach the member's API server",
@@ -184,13 +185,13 @@ var explanations = map[Code]Explanation{
 	},
 	PathBroken: {
 		Title:   "a path between networks does not work",
-		Meaning: "A connection to an address of a gateway failed. The message says from where, how far it came, and why.",
-		Remedy:  "Open port 15443 of the gateway's address for the other networks; check the address with mesh clusters -o wide.",
+		Meaning: "A connection through an address of a gateway failed, or did not end in mutual TLS with that very gateway. The message says from where, how far it came, and why.",
+		Remedy:  "Open port 15443 of the gateway's address for the other networks; check the address with mesh clusters -o wide. If the address leads to another cluster's gateway, name the right one by --gateway-address.",
 	},
 	PathNotProven: {
 		Title:   "a path between networks could not be proven",
-		Meaning: "Nobody could try the path from there, or no workload of the mesh is behind the gateway yet to complete a handshake with. It may work.",
-		Remedy:  "Inject a workload behind the gateway and run mesh check again.",
+		Meaning: "Nobody could try the path from there, since no gateway of that cluster is connected to any replica of meshd; or the gateway is not one that mesh join installed, so no agent of ours answers behind it, and no workload of the mesh does yet. It may work.",
+		Remedy:  "See mesh proxies --cluster NAME: a gateway that is not listed does not reach meshd at --advertise (15012). Behind a gateway of another making, inject a workload. Then: mesh check.",
 	},
 	OverlappingAddresses: {
 		Title:   "address ranges overlap",
@@ -291,6 +292,11 @@ var explanations = map[Code]Explanation{
 		Title:   "another cluster answers behind a cluster's address",
 		Meaning: "The UID of kube-system behind the API server's address is not the one that joined. Nothing is read from it.",
 		Remedy:  "If the cluster was rebuilt: mesh join cluster NAME --replace. Otherwise correct its address: --api-server.",
+	},
+	ClusterSetAside: {
+		Title:   "other clusters call a cluster last, or not at all",
+		Meaning: "Its API server has been away for longer than meshd's --demote-after: its endpoints go behind everybody else's. If its gateways are away too, for meshd and for every other network, and longer than --drain-after, it is drained: others call it only for services that nobody else has. Its own proxies go on with all they have. Nothing is deleted; it counts in full again as soon as its API server answers.",
+		Remedy:  "Bring its API server back, or its gateways. If it is gone for good: mesh leave cluster NAME --force.",
 	},
 	ResourceNotBuilt: {
 		Title:   "a resource for proxies cannot be built",
@@ -393,8 +399,8 @@ var explanations = map[Code]Explanation{
 		Remedy:  "Start the agent on the machine, or take the machine out: mesh vm offboard NAME.",
 	},
 	VMTokenExpired: {
-		Title:   "a virtual machine's token was never used",
-		Meaning: "A join token can be used once, and for a short time only.",
-		Remedy:  "Run mesh vm onboard NAME again for a new one.",
+		Title:   "a virtual machine needs a new token",
+		Meaning: "Its join token, which can be used once and for a short time only, ended before it came; or its certificate ended while it was away, so that it cannot renew itself.",
+		Remedy:  "Run mesh vm onboard NAME (the name is enough), and paste the line that it prints on the machine again: it asks for the new token.",
 	},
 }

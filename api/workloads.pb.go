@@ -39,8 +39,12 @@ type ProbeRequest struct {
 	Alpn []string `protobuf:"bytes,4,rep,name=alpn,proto3" json:"alpn,omitempty"`
 	// SPIFFE IDs of which the peer must have one; empty accepts any of the trust
 	// domain's roots.
-	Identities    []string             `protobuf:"bytes,5,rep,name=identities,proto3" json:"identities,omitempty"`
-	Timeout       *durationpb.Duration `protobuf:"bytes,6,opt,name=timeout,proto3" json:"timeout,omitempty"`
+	Identities []string             `protobuf:"bytes,5,rep,name=identities,proto3" json:"identities,omitempty"`
+	Timeout    *durationpb.Duration `protobuf:"bytes,6,opt,name=timeout,proto3" json:"timeout,omitempty"`
+	// The peer answers with the SPIFFE ID that it saw, as the agent of a gateway does
+	// at its own reserved name. A client of TLS 1.3 is done before the server has
+	// looked at its certificate: only the answer proves the other direction.
+	Answered      bool `protobuf:"varint,7,opt,name=answered,proto3" json:"answered,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -117,20 +121,31 @@ func (x *ProbeRequest) GetTimeout() *durationpb.Duration {
 	return nil
 }
 
+func (x *ProbeRequest) GetAnswered() bool {
+	if x != nil {
+		return x.Answered
+	}
+	return false
+}
+
 // ProbeResult is how far the agent came.
 type ProbeResult struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Id    uint64                 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
 	// The TCP connection was established.
 	Connected bool `protobuf:"varint,2,opt,name=connected,proto3" json:"connected,omitempty"`
-	// The TLS handshake was completed and the peer verified.
+	// The TLS handshake was completed, the peer verified and, where it was to
+	// answer, this agent recognised by it.
 	Verified bool `protobuf:"varint,3,opt,name=verified,proto3" json:"verified,omitempty"`
 	// Why it ended before that.
 	Message string               `protobuf:"bytes,4,opt,name=message,proto3" json:"message,omitempty"`
 	Elapsed *durationpb.Duration `protobuf:"bytes,5,opt,name=elapsed,proto3" json:"elapsed,omitempty"`
 	// SPIFFE ID and serial number (hex) of the peer's certificate.
-	Peer          string `protobuf:"bytes,6,opt,name=peer,proto3" json:"peer,omitempty"`
-	Serial        string `protobuf:"bytes,7,opt,name=serial,proto3" json:"serial,omitempty"`
+	Peer   string `protobuf:"bytes,6,opt,name=peer,proto3" json:"peer,omitempty"`
+	Serial string `protobuf:"bytes,7,opt,name=serial,proto3" json:"serial,omitempty"`
+	// The peer's certificates, leaf first, DER, so that meshd can tell by which
+	// source's authority it was signed.
+	Chain         [][]byte `protobuf:"bytes,8,rep,name=chain,proto3" json:"chain,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -214,6 +229,13 @@ func (x *ProbeResult) GetSerial() string {
 	return ""
 }
 
+func (x *ProbeResult) GetChain() [][]byte {
+	if x != nil {
+		return x.Chain
+	}
+	return nil
+}
+
 // HealthReport is the whole present state of a workload, not a change of it.
 type HealthReport struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -230,9 +252,11 @@ type HealthReport struct {
 	// When the state was observed, by the agent's clock.
 	Observed *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=observed,proto3" json:"observed,omitempty"`
 	// Operating system and kernel, for inventory, for example "Debian 12, 6.1.0".
-	Platform      string `protobuf:"bytes,7,opt,name=platform,proto3" json:"platform,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Platform string `protobuf:"bytes,7,opt,name=platform,proto3" json:"platform,omitempty"`
+	// When the workload's certificate ends.
+	CertificateExpires *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=certificate_expires,json=certificateExpires,proto3" json:"certificate_expires,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
 }
 
 func (x *HealthReport) Reset() {
@@ -314,6 +338,13 @@ func (x *HealthReport) GetPlatform() string {
 	return ""
 }
 
+func (x *HealthReport) GetCertificateExpires() *timestamppb.Timestamp {
+	if x != nil {
+		return x.CertificateExpires
+	}
+	return nil
+}
+
 // HealthAck confirms that a report is stored.
 type HealthAck struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -383,7 +414,7 @@ var File_workloads_proto protoreflect.FileDescriptor
 const file_workloads_proto_rawDesc = "" +
 	"\n" +
 	"\x0fworkloads.proto\x12\n" +
-	"isthmus.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb3\x01\n" +
+	"isthmus.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xcf\x01\n" +
 	"\fProbeRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x10\n" +
@@ -392,7 +423,8 @@ const file_workloads_proto_rawDesc = "" +
 	"\n" +
 	"identities\x18\x05 \x03(\tR\n" +
 	"identities\x123\n" +
-	"\atimeout\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\atimeout\"\xd2\x01\n" +
+	"\atimeout\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\atimeout\x12\x1a\n" +
+	"\banswered\x18\a \x01(\bR\banswered\"\xe8\x01\n" +
 	"\vProbeResult\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x1c\n" +
 	"\tconnected\x18\x02 \x01(\bR\tconnected\x12\x1a\n" +
@@ -400,7 +432,8 @@ const file_workloads_proto_rawDesc = "" +
 	"\amessage\x18\x04 \x01(\tR\amessage\x123\n" +
 	"\aelapsed\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\aelapsed\x12\x12\n" +
 	"\x04peer\x18\x06 \x01(\tR\x04peer\x12\x16\n" +
-	"\x06serial\x18\a \x01(\tR\x06serial\"\xe4\x01\n" +
+	"\x06serial\x18\a \x01(\tR\x06serial\x12\x14\n" +
+	"\x05chain\x18\b \x03(\fR\x05chain\"\xb1\x02\n" +
 	"\fHealthReport\x12\x18\n" +
 	"\ahealthy\x18\x01 \x01(\bR\ahealthy\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\x12\x1c\n" +
@@ -408,7 +441,8 @@ const file_workloads_proto_rawDesc = "" +
 	"\x05ports\x18\x04 \x03(\rR\x05ports\x12\x18\n" +
 	"\aversion\x18\x05 \x01(\tR\aversion\x126\n" +
 	"\bobserved\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\bobserved\x12\x1a\n" +
-	"\bplatform\x18\a \x01(\tR\bplatform\"l\n" +
+	"\bplatform\x18\a \x01(\tR\bplatform\x12K\n" +
+	"\x13certificate_expires\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\x12certificateExpires\"l\n" +
 	"\tHealthAck\x12)\n" +
 	"\x10interval_seconds\x18\x01 \x01(\rR\x0fintervalSeconds\x12\x1a\n" +
 	"\baccepted\x18\x02 \x01(\bR\baccepted\x12\x18\n" +
@@ -442,15 +476,16 @@ var file_workloads_proto_depIdxs = []int32{
 	4, // 0: isthmus.v1.ProbeRequest.timeout:type_name -> google.protobuf.Duration
 	4, // 1: isthmus.v1.ProbeResult.elapsed:type_name -> google.protobuf.Duration
 	5, // 2: isthmus.v1.HealthReport.observed:type_name -> google.protobuf.Timestamp
-	2, // 3: isthmus.v1.Workloads.Report:input_type -> isthmus.v1.HealthReport
-	1, // 4: isthmus.v1.Workloads.Probe:input_type -> isthmus.v1.ProbeResult
-	3, // 5: isthmus.v1.Workloads.Report:output_type -> isthmus.v1.HealthAck
-	0, // 6: isthmus.v1.Workloads.Probe:output_type -> isthmus.v1.ProbeRequest
-	5, // [5:7] is the sub-list for method output_type
-	3, // [3:5] is the sub-list for method input_type
-	3, // [3:3] is the sub-list for extension type_name
-	3, // [3:3] is the sub-list for extension extendee
-	0, // [0:3] is the sub-list for field type_name
+	5, // 3: isthmus.v1.HealthReport.certificate_expires:type_name -> google.protobuf.Timestamp
+	2, // 4: isthmus.v1.Workloads.Report:input_type -> isthmus.v1.HealthReport
+	1, // 5: isthmus.v1.Workloads.Probe:input_type -> isthmus.v1.ProbeResult
+	3, // 6: isthmus.v1.Workloads.Report:output_type -> isthmus.v1.HealthAck
+	0, // 7: isthmus.v1.Workloads.Probe:output_type -> isthmus.v1.ProbeRequest
+	6, // [6:8] is the sub-list for method output_type
+	4, // [4:6] is the sub-list for method input_type
+	4, // [4:4] is the sub-list for extension type_name
+	4, // [4:4] is the sub-list for extension extendee
+	0, // [0:4] is the sub-list for field type_name
 }
 
 func init() { file_workloads_proto_init() }

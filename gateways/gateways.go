@@ -9,6 +9,8 @@
 // so no other cluster of that Envoy (its way to the control service, for one) can be
 // named. Clusters exist only for exported services. And they hold only endpoints of the
 // gateway's own network that speak mutual TLS themselves, so that no caller hops twice.
+// One reserved name leads to the agent beside this Envoy, which speaks mutual TLS as any
+// workload does and answers nothing but who called: join and check prove the path by it.
 //
 // Envoy reads an SNI without regard to case, as RFC 6066 says of names. A name in upper
 // case is therefore the same name, and opens nothing that the name in lower case does not.
@@ -40,6 +42,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
+	"github.com/isthmus-mesh/isthmus/api"
 	"github.com/isthmus-mesh/isthmus/config"
 	"github.com/isthmus-mesh/isthmus/federation"
 	"github.com/isthmus-mesh/isthmus/xds"
@@ -107,6 +110,7 @@ func (b *Builder) BuildClass(view *federation.View, index *config.Index, class x
 	}
 	frame := &part{}
 	frame.put("Listener "+Listener, xds.ListenerType, Listener, func() (validatable, error) { return listener(class.V6, b.LogFormat) })
+	frame.put("the probe of the path", xds.ClusterType, api.ProbeName, func() (validatable, error) { return probeCluster(), nil })
 	add(frame)
 	for _, s := range view.Services {
 		p := b.parts[s]
@@ -174,7 +178,7 @@ func servicePart(index *config.Index, s *federation.Service) *part {
 // service makes a cluster for each port, subset and named pod.
 func (b *build) service() {
 	s := b.svc
-	if s.Type == federation.ExternalName || slices.Contains(s.ExportTo, "~") {
+	if s.Type == federation.ExternalName || slices.Contains(s.ExportTo, "~") || s.Name == probeService {
 		return
 	}
 	rule, _ := b.index.DestinationRule(s.Name.Namespace, nil, s.Name)

@@ -14,10 +14,12 @@ import (
 	"testing/synctest"
 	"time"
 
+	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
 	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/isthmus-mesh/isthmus/api"
 	"github.com/isthmus-mesh/isthmus/config"
 	"github.com/isthmus-mesh/isthmus/federation"
 	"github.com/isthmus-mesh/isthmus/gateways"
@@ -70,6 +72,9 @@ func reach(t *testing.T, s *federation.Snapshot) []string {
 	}
 	var out []string
 	for _, c := range r[xds.ClusterType] {
+		if c.Name == api.ProbeName { // see TestTheProbeLeadsToTheAgent
+			continue
+		}
 		res, ok := r.Get(xds.EndpointType, c.Name)
 		if !ok {
 			t.Errorf("cluster %s has no assignment", c.Name)
@@ -169,6 +174,31 @@ func TestOneChain(t *testing.T) {
 		if !strings.HasPrefix(name, "*.svc.cluster") {
 			t.Errorf("the chain takes names like %q", name)
 		}
+	}
+}
+
+// The reserved name ends at the agent of the same pod, and no service can take it.
+func TestTheProbeLeadsToTheAgent(t *testing.T) {
+	t.Parallel()
+	s := snapshot(recordIn("west", "isthmus-system", "isthmus-probe", endpointAt("10.2.0.2", "n2", func(e *federation.Endpoint) {
+		e.TargetPorts = map[uint32]uint32{80: 8080, api.ProbePort: 666}
+	})))
+	s.Records[federation.ServiceName{Namespace: "isthmus-system", Name: "isthmus-probe"}][0].Ports = append(slices.Clone(ports), federation.Port{Number: api.ProbePort})
+	r, findings := gateways.Build(s.View(gateway.Scope()), config.New(s), gateway)
+	if len(findings) > 0 || len(r[xds.ClusterType]) != 1 || len(r[xds.EndpointType]) != 0 {
+		t.Fatalf("findings %v, %d clusters, %d assignments", findings, len(r[xds.ClusterType]), len(r[xds.EndpointType]))
+	}
+	res, ok := r.Get(xds.ClusterType, federation.SNI(api.ProbePort, "", "isthmus-probe.isthmus-system.svc.cluster.local"))
+	if !ok {
+		t.Fatalf("%s is no cluster, but %s", api.ProbeName, r[xds.ClusterType][0].Name)
+	}
+	var c clusterv3.Cluster
+	if err := proto.Unmarshal(res.Body, &c); err != nil {
+		t.Fatal(err)
+	}
+	to := c.GetLoadAssignment().GetEndpoints()[0].GetLbEndpoints()[0].GetEndpoint().GetAddress().GetSocketAddress()
+	if to.GetAddress() != "127.0.0.1" || to.GetPortValue() != api.ProbePort || c.GetTransportSocket() != nil {
+		t.Errorf("it leads to %v by %v", to, c.GetTransportSocket())
 	}
 }
 

@@ -34,6 +34,9 @@ type VM struct {
 	Labels      map[string]string   `json:"labels,omitempty"`
 	Created     time.Time           `json:"created"`
 
+	// Invited is until when its last token could be used; zero if that is not known.
+	Invited time.Time `json:"invited,omitzero"`
+
 	// Health is what it reported last; nil if nothing yet. It is not part of the
 	// registration.
 	Health *VMHealth `json:"-"`
@@ -58,12 +61,16 @@ type VMHealth struct {
 	Version   string       `json:"version,omitempty"`
 	Platform  string       `json:"platform,omitempty"`
 	Since     time.Time    `json:"since"` // when Healthy last changed
+
+	// CertificateExpires is when the certificate ends with which it can renew itself;
+	// zero if that is not known.
+	CertificateExpires time.Time `json:"certificateExpires,omitzero"`
 }
 
 // Same tells that two reports mean the same, whenever they were made.
 func (h *VMHealth) Same(o *VMHealth) bool {
 	return h.Healthy == o.Healthy && h.Message == o.Message && h.Version == o.Version &&
-		h.Platform == o.Platform && slices.Equal(h.Addresses, o.Addresses)
+		h.Platform == o.Platform && slices.Equal(h.Addresses, o.Addresses) && h.CertificateExpires.Equal(o.CertificateExpires)
 }
 
 // Key names the VM.

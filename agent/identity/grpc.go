@@ -19,6 +19,8 @@ import (
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 	securityv1alpha1 "istio.io/api/security/v1alpha1"
+
+	"github.com/isthmus-mesh/isthmus/agent/servers"
 )
 
 // GRPC is the Issuer that speaks istio.v1.auth.IstioCertificateService.
@@ -26,8 +28,8 @@ import (
 // The first certificate is asked for with the token, every further one with
 // the present certificate alone.
 type GRPC struct {
-	// Server is host:port; its certificate must carry the host.
-	Server string
+	// Servers are meshd's; the certificate of the one that answers must carry its host.
+	Servers servers.List
 	// TokenFile is read anew for each use, since the kubelet replaces it.
 	// It may be empty or missing once a certificate is there.
 	TokenFile string
@@ -85,25 +87,17 @@ func (g *GRPC) token() (string, error) {
 // call opens a connection for this request alone: issuance is rare, and a
 // connection is bound to the credential it was opened with.
 func (g *GRPC) call(ctx context.Context, csr []byte, cert *tls.Certificate, token string) ([]string, error) {
-	host, _, err := net.SplitHostPort(g.Server)
-	if err != nil {
-		return nil, fmt.Errorf("server %q: want host:port: %w", g.Server, err)
-	}
 	roots := x509.NewCertPool()
 	if !roots.AppendCertsFromPEM(g.Roots()) {
 		return nil, errors.New("no root certificate to verify the certificate service with")
 	}
-	config := &tls.Config{RootCAs: roots, ServerName: host, MinVersion: tls.VersionTLS12}
+	config := &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}
 	if cert != nil {
 		config.Certificates = []tls.Certificate{*cert}
 	}
-	options := []grpc.DialOption{grpc.WithTransportCredentials(credentials.NewTLS(config))}
-	if g.Dial != nil {
-		options = append(options, grpc.WithContextDialer(g.Dial))
-	}
-	conn, err := grpc.NewClient("passthrough:///"+g.Server, options...)
+	conn, err := g.Servers.Client(g.Dial, grpc.WithTransportCredentials(credentials.NewTLS(config)))
 	if err != nil {
-		return nil, fmt.Errorf("certificate service %s: %w", g.Server, err)
+		return nil, fmt.Errorf("certificate service: %w", err)
 	}
 	defer conn.Close()
 	if token != "" {
@@ -121,7 +115,7 @@ func (g *GRPC) call(ctx context.Context, csr []byte, cert *tls.Certificate, toke
 		if cert != nil {
 			by = "certificate"
 		}
-		return nil, fmt.Errorf("certificate service %s, asked by %s: %w", g.Server, by, err)
+		return nil, fmt.Errorf("certificate service %s, asked by %s: %w", g.Servers, by, err)
 	}
 	return answer.GetCertChain(), nil
 }

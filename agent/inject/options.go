@@ -5,11 +5,12 @@ package inject
 import (
 	"errors"
 	"fmt"
-	"net"
 	"strconv"
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
+
+	"github.com/isthmus-mesh/isthmus/agent/servers"
 )
 
 const (
@@ -42,7 +43,8 @@ type Options struct {
 	Image string
 	// ImagePullPolicy; empty means IfNotPresent.
 	ImagePullPolicy corev1.PullPolicy
-	// Server is meshd's host:port as pods reach it.
+	// Server is meshd's host:port as pods reach it; several, separated by commas, where it
+	// has replicas.
 	Server string
 	// Network and ClusterID of the member cluster.
 	Network, ClusterID string
@@ -82,8 +84,8 @@ func (o *Options) complete() error {
 	if o.Image == "" {
 		return fmt.Errorf("%w: image is empty", ErrOptions)
 	}
-	if _, _, err := net.SplitHostPort(o.Server); err != nil {
-		return fmt.Errorf("%w: server %q: want host:port", ErrOptions, o.Server)
+	if _, err := servers.Parse(o.Server); err != nil {
+		return fmt.Errorf("%w: %w", ErrOptions, err)
 	}
 	return nil
 }

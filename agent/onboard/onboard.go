@@ -11,8 +11,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
+
+	"github.com/isthmus-mesh/isthmus/agent/servers"
 )
 
 // Version is the schema version of Config.
@@ -35,7 +36,8 @@ type Config struct {
 	Service string `json:"service,omitempty"`
 	// Network that its addresses belong to.
 	Network string `json:"network"`
-	// Server is host:port of meshd for discovery and certificates.
+	// Server is host:port of meshd for discovery and certificates; several, separated by
+	// commas, where it has replicas.
 	Server string `json:"server"`
 	// TrustDomain and Domain; empty means cluster.local.
 	TrustDomain string `json:"trustDomain,omitempty"`
@@ -101,8 +103,8 @@ func Parse(data []byte) (*Config, error) {
 			return nil, fmt.Errorf("%w: %s is empty", ErrInvalid, field.name)
 		}
 	}
-	if _, _, err := net.SplitHostPort(c.Server); err != nil {
-		return nil, fmt.Errorf("%w: server %q: want host:port", ErrInvalid, c.Server)
+	if _, err := servers.Parse(c.Server); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrInvalid, err)
 	}
 	for _, p := range c.Ports {
 		if p.Port == 0 {

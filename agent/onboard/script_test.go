@@ -45,6 +45,11 @@ proxy)
 	;;
 wait) n=0; while [ $n -lt 50 ]; do [ -f /var/lib/isthmus/identity.pem ] && exit 0; n=$((n + 1)); sleep 0.1; done; echo "not ready in time: certificate: token refused" >&2; exit 1 ;;
 redirect) echo "$*" >>/var/log/calls ;;
+certificate)
+	[ "$2" = --help ] && exit 0
+	if grep -q ended "$3/identity.pem"; then echo "the certificate of spiffe://x ended at 2026-01-02T03:04:05Z" >&2; exit 1; fi
+	echo "spiffe://x until 2026-01-03T03:04:05Z"
+	;;
 esac
 `
 
@@ -313,6 +318,33 @@ func TestACheckTellsWhatIsMissing(t *testing.T) {
 	out, err = m.run(t, nobody+" --check", "")
 	if err == nil || !strings.Contains(out, "/onboard/web-2/config") || !strings.Contains(out, "404") {
 		t.Errorf("a name that is not registered: %v", err)
+	}
+}
+
+// A machine that was away until its certificate ended is told so, with the command, and
+// the same line brings it back.
+func TestAMachineThatWasAwayForTooLong(t *testing.T) {
+	t.Parallel()
+	d := newMeshd(t)
+	m := newMachine(t, "dash")
+	if _, err := m.run(t, d.line(t), token); err != nil {
+		t.Fatal(err)
+	}
+	out, err := m.run(t, "mesh-agent-service start\n"+d.line(t)+" --check; mesh-agent-service stop", "")
+	if !strings.Contains(out, "certificate: spiffe://x until 2026-01-03T03:04:05Z") {
+		t.Errorf("while it is valid: %v", err)
+	}
+	const ended = "echo ended >/var/lib/isthmus/identity.pem\n"
+	out, err = m.run(t, ended+d.line(t)+" --check", "")
+	if err == nil || !strings.Contains(out, "FAIL  certificate: that of spiffe://x ended at 2026-01-02T03:04:05Z. It needs a new token: run 'mesh vm onboard web-1'") {
+		t.Errorf("after it ended: %v", err)
+	}
+	if _, err = m.run(t, d.line(t), ""); err == nil {
+		t.Error("it came back without a token")
+	}
+	out, err = m.run(t, d.line(t), token)
+	if err != nil || !strings.Contains(out, "a new token is needed (mesh vm onboard web-1)") || !strings.Contains(out, "joined: web-1 is ready") {
+		t.Errorf("with a new token: %v", err)
 	}
 }
 

@@ -3,6 +3,7 @@
 package relay
 
 import (
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	statuspb "google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/grpc/codes"
@@ -27,6 +28,9 @@ type dialect struct {
 	requestError protowire.Number
 	// subscribe is the request for the name table, given what is held.
 	subscribe func(held map[string]string) proto.Message
+	// tell is a request that asks for nothing and names the node once more; nil if the
+	// variant has none.
+	tell func(n *corev3.Node) proto.Message
 	// answer decodes a name table response.
 	answer func(data []byte) (tableAnswer, error)
 	// confirm acknowledges an answer, or refuses it when problem is set.
@@ -48,6 +52,9 @@ var incremental = dialect{
 	requestError: fieldDeltaRequestError,
 	subscribe: func(held map[string]string) proto.Message {
 		return &discoveryv3.DeltaDiscoveryRequest{TypeUrl: NameTableType, InitialResourceVersions: held}
+	},
+	tell: func(n *corev3.Node) proto.Message {
+		return &discoveryv3.DeltaDiscoveryRequest{TypeUrl: listenerType, Node: n}
 	},
 	answer: func(data []byte) (tableAnswer, error) {
 		var response discoveryv3.DeltaDiscoveryResponse

@@ -14,15 +14,19 @@ import (
 	"sync/atomic"
 	"time"
 
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/structpb"
 
+	"github.com/isthmus-mesh/isthmus/agent/servers"
 	"github.com/isthmus-mesh/isthmus/api"
 )
 
@@ -32,8 +36,8 @@ var ErrBroken = errors.New("discovery stream to meshd ended")
 // Relay is the agent's side of the aggregated discovery service.
 // Fields must not change once it serves.
 type Relay struct {
-	// Server is host:port of meshd.
-	Server string
+	// Servers are meshd's; any of them will do.
+	Servers servers.List
 	// Credentials authenticate both sides; see identity.Credentials.
 	Credentials credentials.TransportCredentials
 	// Ready blocks until Credentials have a certificate to show.
@@ -42,6 +46,10 @@ type Relay struct {
 	Dial func(ctx context.Context, address string) (net.Conn, error)
 	// Names gets each name table. If nil, none is asked for.
 	Names func(*api.NameTable)
+	// Expires is when the workload's certificate ends, and a channel that is closed
+	// when that may have changed. If set, meshd is told at the start and each time:
+	// the certificate that it saw on the stream is renewed while the stream goes on.
+	Expires func() (time.Time, <-chan struct{})
 	// Log gets connects, breaks and what Envoy refuses; nil discards.
 	Log *slog.Logger
 
@@ -81,7 +89,7 @@ func (r *Relay) handler(d dialect) grpc.StreamHandler {
 		if err == nil || envoy.Context().Err() != nil {
 			return nil
 		}
-		r.Log.Warn("discovery stream ended", "server", r.Server, "error", err)
+		r.Log.Warn("discovery stream ended", "server", r.Servers.String(), "error", err)
 		if _, ok := status.FromError(err); ok {
 			return err
 		}
@@ -100,9 +108,9 @@ func (r *Relay) carry(envoy grpc.ServerStream, d dialect) error {
 	}
 	// A connection of its own for each stream: it is bound to the certificate
 	// of its handshake, and the next stream must show the present one.
-	conn, err := grpc.NewClient("passthrough:///"+r.Server, r.options()...)
+	conn, err := r.Servers.Client(r.dial, r.options()...)
 	if err != nil {
-		return fmt.Errorf("meshd %s: %w", r.Server, err)
+		return fmt.Errorf("meshd %s: %w", r.Servers, err)
 	}
 	defer conn.Close()
 	stopReporting := r.reportStates(ctx, conn)
@@ -113,18 +121,21 @@ func (r *Relay) carry(envoy grpc.ServerStream, d dialect) error {
 	}
 	r.connected.Add(1)
 	defer r.connected.Add(-1)
-	r.Log.Info("discovery stream open", "server", r.Server)
-	one := &exchange{relay: r, dialect: d, envoy: envoy, meshd: meshd}
+	r.Log.Info("discovery stream open", "server", r.Servers.String(), "address", addressOf(meshd.Context()))
+	one := &exchange{relay: r, dialect: d, envoy: envoy, meshd: meshd, begun: make(chan struct{})}
 	ended := make(chan error, 2)
 	// Both end soon after this handler: cancel unblocks the side of meshd, and
 	// returning unblocks the side of Envoy.
 	go func() { ended <- one.requests() }()
 	go func() { ended <- one.responses() }()
+	if r.Expires != nil && d.tell != nil {
+		go one.tellExpiry(ctx)
+	}
 	return <-ended
 }
 
 func (r *Relay) options() []grpc.DialOption {
-	options := []grpc.DialOption{
+	return []grpc.DialOption{
 		grpc.WithTransportCredentials(&noted{TransportCredentials: r.Credentials, note: r.note}),
 		grpc.WithDefaultCallOptions(
 			grpc.ForceCodecV2(Codec{}),
@@ -137,7 +148,14 @@ func (r *Relay) options() []grpc.DialOption {
 			MinConnectTimeout: 5 * time.Second,
 		}),
 	}
-	return append(options, grpc.WithContextDialer(r.dial))
+}
+
+// addressOf is where the other end of a stream is.
+func addressOf(ctx context.Context) string {
+	if p, ok := peer.FromContext(ctx); ok {
+		return p.Addr.String()
+	}
+	return "unknown"
 }
 
 // exchange is one pair of streams.
@@ -147,8 +165,9 @@ type exchange struct {
 	envoy   grpc.ServerStream
 	meshd   grpc.ClientStream
 
-	sending sync.Mutex // guards meshd.SendMsg, which has two callers
-	asked   bool       // the name table was asked for; only requests() uses it
+	sending sync.Mutex    // guards meshd.SendMsg, which has three callers
+	asked   bool          // listeners were asked for; only requests() uses it
+	begun   chan struct{} // closed then
 }
 
 // requests carries Envoy's messages up.
@@ -157,6 +176,8 @@ func (x *exchange) requests() error {
 		var f frame
 		if err := x.envoy.RecvMsg(&f); err != nil {
 			if errors.Is(err, io.EOF) {
+				x.sending.Lock()
+				defer x.sending.Unlock()
 				return x.meshd.CloseSend()
 			}
 			return err
@@ -169,11 +190,44 @@ func (x *exchange) requests() error {
 			return err
 		}
 		x.note(string(kind), f.data)
-		if string(kind) == listenerType && !x.asked && x.relay.Names != nil {
-			x.asked = true
-			if err := x.sendMessage(x.dialect.subscribe(x.relay.heldNames())); err != nil {
-				return err
+		if string(kind) != listenerType || x.asked {
+			continue
+		}
+		x.asked = true
+		close(x.begun)
+		if x.relay.Names == nil {
+			continue
+		}
+		if err := x.sendMessage(x.dialect.subscribe(x.relay.heldNames())); err != nil {
+			return err
+		}
+	}
+}
+
+// expiresKey is the metadata in which meshd is told when the certificate ends.
+const expiresKey = "ISTHMUS_CERTIFICATE_EXPIRES"
+
+// tellExpiry tells meshd, for people to see, when the workload's certificate ends. It rides
+// on the subscription to listeners, which is there by then, and asks for nothing.
+func (x *exchange) tellExpiry(ctx context.Context) {
+	select {
+	case <-ctx.Done():
+		return
+	case <-x.begun:
+	}
+	for told := (time.Time{}); ; {
+		at, changed := x.relay.Expires()
+		if !at.IsZero() && !at.Equal(told) {
+			told = at
+			metadata := &structpb.Struct{Fields: map[string]*structpb.Value{expiresKey: structpb.NewStringValue(at.UTC().Format(time.RFC3339))}}
+			if err := x.sendMessage(x.dialect.tell(&corev3.Node{Metadata: metadata})); err != nil {
+				return // the stream has ended, and its readers say why
 			}
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-changed:
 		}
 	}
 }

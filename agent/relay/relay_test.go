@@ -20,6 +20,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 
+	"github.com/isthmus-mesh/isthmus/agent/servers"
 	"github.com/isthmus-mesh/isthmus/api"
 )
 
@@ -95,7 +96,7 @@ func start(t *testing.T) *setup {
 	t.Cleanup(func() { s.end <- nil })
 	_, address := serve(t, "127.0.0.1:0", func(g *grpc.Server) { discoveryv3.RegisterAggregatedDiscoveryServiceServer(g, s.upstream) })
 	s.relay = &Relay{
-		Server: address, Credentials: insecure.NewCredentials(),
+		Servers: servers.List{address}, Credentials: insecure.NewCredentials(),
 		Names: func(table *api.NameTable) { s.tables <- table },
 		Log:   slog.New(slog.NewTextHandler(s.log, nil)),
 	}
@@ -186,6 +187,45 @@ func TestFramesPassUnchangedAndNamesAreAdded(t *testing.T) {
 	}
 }
 
+// The stream outlives the certificate that it was opened with: meshd is told of the next.
+func TestMeshdIsToldWhenTheCertificateEnds(t *testing.T) {
+	t.Parallel()
+	s := start(t)
+	var mu sync.Mutex
+	ends, changed := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC), make(chan struct{})
+	s.relay.Expires = func() (time.Time, <-chan struct{}) {
+		mu.Lock()
+		defer mu.Unlock()
+		return ends, changed
+	}
+	s.relay.Names = nil
+	down := value[discoveryv3.AggregatedDiscoveryService_DeltaAggregatedResourcesClient](t)(s.client.DeltaAggregatedResources(s.ctx))
+	check(t, down.Send(&discoveryv3.DeltaDiscoveryRequest{TypeUrl: listenerType}))
+	up := <-s.delta
+	value[*discoveryv3.DeltaDiscoveryRequest](t)(up.Recv())
+	told := func() string {
+		t.Helper()
+		got := value[*discoveryv3.DeltaDiscoveryRequest](t)(up.Recv())
+		text := got.GetNode().GetMetadata().GetFields()[expiresKey].GetStringValue()
+		got.Node = nil
+		if !proto.Equal(got, &discoveryv3.DeltaDiscoveryRequest{TypeUrl: listenerType}) {
+			t.Errorf("and it asks for %v", got)
+		}
+		return text
+	}
+	if got := told(); got != "2026-01-02T03:04:05Z" {
+		t.Errorf("at the start: %q", got)
+	}
+	mu.Lock()
+	ends = ends.Add(time.Hour)
+	close(changed)
+	changed = make(chan struct{})
+	mu.Unlock()
+	if got := told(); got != "2026-01-02T04:04:05Z" {
+		t.Errorf("after a renewal: %q", got)
+	}
+}
+
 func TestABadNameTableIsRefusedAndTheStreamGoesOn(t *testing.T) {
 	t.Parallel()
 	s := start(t)
@@ -243,7 +283,7 @@ func TestAMeshdThatIsNotThereYet(t *testing.T) {
 	address := l.Addr().String()
 	l.Close()
 	told := &log{}
-	r := &Relay{Server: address, Credentials: insecure.NewCredentials(), Log: slog.New(slog.NewTextHandler(told, nil))}
+	r := &Relay{Servers: servers.List{address}, Credentials: insecure.NewCredentials(), Log: slog.New(slog.NewTextHandler(told, nil))}
 	client := envoy(t, r)
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()

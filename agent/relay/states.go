@@ -31,7 +31,7 @@ func (r *Relay) reportStates(ctx context.Context, conn *grpc.ClientConn) func() 
 			if state != connectivity.Ready && time.Since(began) > unreachableAfter {
 				if reason := r.lastFailure(); reason != said {
 					said = reason
-					r.Log.Warn("meshd cannot be reached, trying on", "server", r.Server, "error", reason, "since", began.UTC().Format(time.RFC3339))
+					r.Log.Warn("meshd cannot be reached, trying on", "server", r.Servers.String(), "error", reason, "since", began.UTC().Format(time.RFC3339))
 				}
 			}
 			// A connection that fails again and again stays in one state, so this

@@ -6,5 +6,7 @@
 // that meshd asks for.
 //
 // It also lends the agent of a gateway to meshd (Prober), which then learns
-// whether another network's gateway can be reached from there.
+// whether another network's gateway can be reached from there; and it is what
+// such probes end at behind a gateway (Answerer), so that a path can be proven by
+// mutual TLS before any workload stands behind it.
 package report

@@ -101,11 +101,24 @@ func (p *Prober) connect(ctx context.Context, request *api.ProbeRequest, result 
 	if err := secured.HandshakeContext(ctx); err != nil {
 		return err
 	}
-	peer := secured.ConnectionState().PeerCertificates[0]
-	result.Verified = true
-	result.Serial = peer.SerialNumber.Text(16)
-	if len(peer.URIs) > 0 {
-		result.Peer = peer.URIs[0].String()
+	chain := secured.ConnectionState().PeerCertificates
+	result.Serial = chain[0].SerialNumber.Text(16)
+	if len(chain[0].URIs) > 0 {
+		result.Peer = chain[0].URIs[0].String()
 	}
+	for _, c := range chain {
+		result.Chain = append(result.Chain, c.Raw)
+	}
+	if request.GetAnswered() {
+		if deadline, ok := ctx.Deadline(); ok {
+			if err := conn.SetReadDeadline(deadline); err != nil {
+				return err
+			}
+		}
+		if err := expectAnswer(secured, config); err != nil {
+			return err
+		}
+	}
+	result.Verified = true
 	return nil
 }

@@ -18,6 +18,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/isthmus-mesh/isthmus/agent/report"
+	"github.com/isthmus-mesh/isthmus/agent/servers"
 	"github.com/isthmus-mesh/isthmus/api"
 	"github.com/isthmus-mesh/isthmus/ca"
 	"github.com/isthmus-mesh/isthmus/ca/catest"
@@ -122,7 +123,7 @@ func serve(t *testing.T, authority *catest.CA) (*meshd, report.Connection) {
 	t.Cleanup(server.Stop)
 	client := authority.ClientTLS(authority.Leaf(t, catest.Subject("vm:n1", "web-1", "legacy")))
 	return m, report.Connection{
-		Server: l.Addr().String(), Credentials: credentials.NewTLS(client),
+		Servers: servers.List{l.Addr().String()}, Credentials: credentials.NewTLS(client),
 		Dial: func(ctx context.Context, address string) (net.Conn, error) {
 			return new(net.Dialer).DialContext(ctx, "tcp", address)
 		},
@@ -218,5 +219,61 @@ func TestAGatewayTriesPathsForMeshd(t *testing.T) {
 		if c.verified && got.GetPeer() != id {
 			t.Errorf("peer %s", got.GetPeer())
 		}
+	}
+}
+
+// The answerer stands where a gateway's Envoy passes the reserved name on to: both ends
+// see each other's certificate, and only ends of this mesh get an answer.
+func TestAGatewaysAgentAnswersProbes(t *testing.T) {
+	t.Parallel()
+	authority, stranger := catest.New(t), catest.New(t)
+	west := authority.Leaf(t, catest.Subject("kube:west", "gw-1", "isthmus-system"))
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	answering := &report.Answerer{TLS: func() (*tls.Config, error) { return authority.ClientTLS(west), nil }, Protocols: []string{"istio", "isthmus"}}
+	ended := make(chan error, 1)
+	go func() { ended <- answering.Serve(ctx, l) }()
+
+	request := func() *api.ProbeRequest {
+		return &api.ProbeRequest{Address: l.Addr().String(), Sni: api.ProbeName, Alpn: []string{"istio"}, Answered: true,
+			Identities: []string{"spiffe://cluster.local/ns/isthmus-system/sa/default"}}
+	}
+	east := catest.Subject("kube:east", "gw-0", "isthmus-system")
+	for _, c := range []struct {
+		why      string
+		tls      *tls.Config
+		change   func(*api.ProbeRequest)
+		verified bool
+		message  string
+	}{
+		{"a gateway of the mesh", authority.ClientTLS(authority.Leaf(t, east)), func(*api.ProbeRequest) {}, true, ""},
+		{"nobody", authority.ClientTLS(), func(*api.ProbeRequest) {}, false, "whom it saw"},
+		{"another mesh's gateway", authority.ClientTLS(stranger.Leaf(t, east)), func(*api.ProbeRequest) {}, false, "whom it saw"},
+		{"no protocol of the mesh", authority.ClientTLS(authority.Leaf(t, east)), func(r *api.ProbeRequest) { r.Alpn = []string{"h2"} }, false, "no application protocol"},
+	} {
+		m, connection := serve(t, authority)
+		p := &report.Prober{Connection: connection, TLS: func() (*tls.Config, error) { return c.tls, nil }}
+		running, stop := context.WithCancel(ctx)
+		go p.Run(running)
+		<-m.results
+		r := request()
+		c.change(r)
+		m.probes <- r
+		got := <-m.results
+		stop()
+		if got.GetVerified() != c.verified || !strings.Contains(got.GetMessage(), c.message) {
+			t.Errorf("%s: %v", c.why, got)
+		}
+		if c.verified && (len(got.GetChain()) < 2 || got.GetElapsed().AsDuration() <= 0) {
+			t.Errorf("%s: chain of %d, in %v", c.why, len(got.GetChain()), got.GetElapsed())
+		}
+	}
+	cancel()
+	if err := <-ended; err != nil {
+		t.Error(err)
 	}
 }

@@ -17,13 +17,14 @@ import (
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/isthmus-mesh/isthmus/agent/servers"
 	"github.com/isthmus-mesh/isthmus/api"
 )
 
 // Connection says how to reach meshd with the workload's certificate.
 type Connection struct {
-	// Server is host:port.
-	Server string
+	// Servers are meshd's; any of them will do.
+	Servers servers.List
 	// Credentials are mutual TLS; Ready blocks until they have a certificate.
 	Credentials credentials.TransportCredentials
 	Ready       func(ctx context.Context) error
@@ -75,10 +76,7 @@ func (c *Connection) once(ctx context.Context, talk func(context.Context, api.Wo
 		// A machine that was unplugged notices within seconds of coming back.
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
 	}
-	if c.Dial != nil {
-		options = append(options, grpc.WithContextDialer(c.Dial))
-	}
-	conn, err := grpc.NewClient("passthrough:///"+c.Server, options...)
+	conn, err := c.Servers.Client(c.Dial, options...)
 	if err != nil {
 		return err
 	}
@@ -96,6 +94,9 @@ type Reporter struct {
 	Ports     []uint32
 	// Version of the agent and Platform it runs on.
 	Version, Platform string
+	// Expires is when the workload's certificate ends, the zero time if there is none;
+	// nil tells nothing.
+	Expires func() time.Time
 
 	accepted atomic.Bool
 }
@@ -169,7 +170,7 @@ func (r *Reporter) listen(stream api.Workloads_ReportClient, intervals chan<- ti
 }
 
 func (r *Reporter) message(s State) *api.HealthReport {
-	return &api.HealthReport{
+	out := &api.HealthReport{
 		Healthy:   s.Healthy,
 		Message:   s.Message,
 		Addresses: r.Addresses,
@@ -178,4 +179,10 @@ func (r *Reporter) message(s State) *api.HealthReport {
 		Observed:  timestamppb.New(s.Observed),
 		Platform:  r.Platform,
 	}
+	if r.Expires != nil {
+		if at := r.Expires(); !at.IsZero() {
+			out.CertificateExpires = timestamppb.New(at)
+		}
+	}
+	return out
 }

@@ -201,6 +201,15 @@ func clusterFindings(v *api.Cluster) []*api.Finding {
 		}
 		out = append(out, f)
 	}
+	switch v.GetStatus().GetStanding() {
+	case federation.Demoted.String():
+		out = append(out, &api.Finding{Code: string(api.ClusterSetAside), Severity: severityWarning, Subject: name,
+			Message: "demoted: other clusters call it only where nothing fresh is left, since its API server is away"})
+	case federation.Drained.String():
+		out = append(out, &api.Finding{Code: string(api.ClusterSetAside), Severity: severityWarning, Subject: name,
+			Message: "drained: other clusters call it only for what nobody else has, since its API server and its gateways are away",
+			Try:     "if it is gone for good: mesh leave cluster " + name + " --force"})
+	}
 	if lag := v.GetStatus().GetLag(); lag.AsDuration() > lagLimit && len(out) == 0 {
 		out = append(out, &api.Finding{Code: string(api.WatchLag), Severity: severityWarning, Subject: name,
 			Message: fmt.Sprintf("what is known is %s old (limit %s)", lag.AsDuration().Round(time.Second), lagLimit)})
@@ -223,17 +232,17 @@ func (c *checking) checkPaths(ctx context.Context) []*api.Finding {
 		tried++
 		subject := fmt.Sprintf("%s to %s %s", p.GetFrom(), p.GetTo(), p.GetAddress())
 		switch p.GetState() {
-		case "verified", "reached":
+		case "verified":
 			worked++
 			worst = max(worst, p.GetElapsed().AsDuration())
-		case "unknown":
+		case "reached", "unknown":
 			out = append(out, &api.Finding{Code: string(api.PathNotProven), Severity: severityInfo, Subject: subject, Message: p.GetMessage()})
 		default:
 			out = append(out, &api.Finding{Code: string(api.PathBroken), Severity: severityError, Subject: subject, Message: p.GetMessage()})
 		}
 	}
 	if worked > 0 {
-		out = append(out, good("%d of %d gateway paths, worst %s", worked, tried, worst.Round(time.Millisecond)))
+		out = append(out, good("%d of %d gateway paths proven by mTLS, worst %s", worked, tried, worst.Round(time.Millisecond)))
 	}
 	return out
 }

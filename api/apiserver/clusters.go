@@ -92,6 +92,9 @@ func (s *Server) clusters(ctx context.Context) []*api.Cluster {
 		t := counts[m.Source()]
 		c.Status.Services, c.Status.Endpoints = t.services, t.endpoints
 		c.Status.Proxies = proxies[m.Name]
+		if s.cfg.Standing != nil {
+			c.Status.Standing = s.cfg.Standing(m.Source()).String()
+		}
 		out = append(out, c)
 	}
 	if elsewhere {
@@ -130,9 +133,9 @@ func (s *Server) completeFromPeers(ctx context.Context, clusters []*api.Cluster)
 	}
 	for _, c := range clusters {
 		if t := theirs[c.GetMetadata().GetUid()]; t != nil && c.GetStatus().GetSyncedBy() == "" {
-			services, endpoints, proxies := c.Status.Services, c.Status.Endpoints, c.Status.Proxies
+			own := c.Status
 			c.Status = t.Status
-			c.Status.Services, c.Status.Endpoints, c.Status.Proxies = services, endpoints, proxies
+			c.Status.Services, c.Status.Endpoints, c.Status.Proxies, c.Status.Standing = own.Services, own.Endpoints, own.Proxies, own.Standing
 		}
 	}
 }

@@ -3,7 +3,9 @@
 package apiserver_test
 
 import (
+	"crypto/tls"
 	"fmt"
+	"log/slog"
 	"net/netip"
 	"slices"
 	"strings"
@@ -12,6 +14,7 @@ import (
 
 	"github.com/isthmus-mesh/isthmus/api"
 	"github.com/isthmus-mesh/isthmus/api/apiserver"
+	"github.com/isthmus-mesh/isthmus/ca"
 	"github.com/isthmus-mesh/isthmus/federation"
 	"github.com/isthmus-mesh/isthmus/registry"
 	"github.com/isthmus-mesh/isthmus/registry/registrytest"
@@ -219,4 +222,66 @@ func TestActivityIsFollowed(t *testing.T) {
 	case <-time.After(registrytest.Patience):
 		t.Fatal("the join is not told")
 	}
+}
+
+// What the log names by UIDs is told by names, also of pods and clusters that are gone;
+// and the logs of all replicas are told as one.
+func TestActivityTellsNamesOfAllReplicas(t *testing.T) {
+	t.Parallel()
+	one := newWorld(t)
+	east := one.join(t, "uid-e", "east", "n1")
+	one.report(t, east, registry.Level{Workloads: map[string]*federation.Workload{"uid-1": {
+		Source: east, Namespace: "shop", Name: "cart-7d9f", UID: "uid-1", Role: federation.Sidecar, ServiceAccount: "cart", Network: "n1",
+	}}})
+	registrytest.Eventually(t, one.store, "the pod", func(s *federation.Snapshot) bool { return len(s.Workloads) == 1 })
+	serving := one.ca.Serving(t, "127.0.0.1")
+	peers := apiserver.NewPeerGroup(apiserver.PeerConfig{
+		Addresses: func() []string { return []string{one.address, "127.0.0.1:1"} },
+		Authority: one.ca.Authority, Certificate: func() *tls.Certificate { return &serving }, Log: slog.New(slog.DiscardHandler),
+	})
+	t.Cleanup(func() { peers.Close() })
+	two := newWorld(t, func(c *apiserver.Config) {
+		c.Store, c.Authority, c.Peers, c.Replica = one.store, one.ca.Authority, peers, "meshd-1"
+	})
+	two.client = api.NewAdminClient(two.dial(t, two.address, one.ca.Admin(t)))
+	write := func(w *world, e ca.AuditEntry) {
+		t.Helper()
+		if err := w.ca.Audit.Append(e); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(one, ca.AuditEntry{Event: ca.AuditIssued, Source: ca.Source(east), Instance: "uid-1", SPIFFEID: "spiffe://cluster.local/ns/shop/sa/cart", Serial: "0a", Method: "token"})
+	write(two, ca.AuditEntry{Event: ca.AuditRefused, Source: ca.Source(east), Instance: "uid-gone", Reason: "no"})
+	write(one, ca.AuditEntry{Event: "admin", Method: "remove-cluster", Source: "kube:uid-old", Reason: "old"})
+	write(two, ca.AuditEntry{Event: ca.AuditRevoked, Source: "vm:n1", Instance: "web-1", Reason: "offboarded"})
+	write(one, ca.AuditEntry{Event: ca.AuditRevoked, Source: "kube:uid-old"})
+
+	stream, err := two.client.TailActivity(t.Context(), &api.TailActivityRequest{Follow: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	next := func(want string) {
+		t.Helper()
+		for {
+			a, err := stream.Recv()
+			if err != nil {
+				t.Fatalf("waiting for %q: %v", want, err)
+			}
+			if got := a.GetVerb() + " " + a.GetObject(); got == want {
+				return
+			} else if slices.Contains([]string{"issued", "refused", "revoked", "remove-cluster"}, a.GetVerb()) && !strings.Contains(a.GetActor(), "isthmus-system") {
+				t.Fatalf("got %q, want %q", got, want)
+			}
+		}
+	}
+	next("issued pod shop/cart-7d9f in east")
+	next("refused a former pod in east")
+	next("remove-cluster old")
+	next("revoked machine web-1 on n1")
+	next("revoked cluster old (left)")
+	// And it goes on, of both.
+	write(one, ca.AuditEntry{Event: ca.AuditRefused, Source: ca.Source(east), Instance: "uid-1", Reason: "later"})
+	next("refused pod shop/cart-7d9f in east")
+	write(two, ca.AuditEntry{Event: ca.AuditRefused, Source: ca.Source(east), Reason: "later still"})
+	next("refused cluster east")
 }

@@ -89,7 +89,7 @@ func (s *Server) vmConfig(vm *registry.VM) (*onboard.Config, error) {
 	}
 	c := &onboard.Config{
 		V: onboard.Version, Name: vm.Name, Namespace: vm.Service.Namespace, ServiceAccount: vm.ServiceAccount,
-		Service: vm.Service.Name, Network: string(vm.Network), Server: s.cfg.Advertised[0],
+		Service: vm.Service.Name, Network: string(vm.Network), Server: strings.Join(s.advertised(), ","),
 		TrustDomain: s.cfg.Authority.Bundle().TrustDomain.Name(), Domain: federation.ClusterDomain,
 		Health: health, Labels: vm.Labels, CaptureTo: s.cfg.CaptureTo,
 		Locality: strings.TrimRight(vm.Locality.Region+"/"+vm.Locality.Zone+"/"+vm.Locality.Subzone, "/"),

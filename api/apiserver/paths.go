@@ -3,13 +3,17 @@
 package apiserver
 
 import (
+	"bufio"
 	"cmp"
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -17,14 +21,18 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/isthmus-mesh/isthmus/api"
+	"github.com/isthmus-mesh/isthmus/ca"
 	"github.com/isthmus-mesh/isthmus/federation"
 	"github.com/isthmus-mesh/isthmus/registry"
 	"github.com/isthmus-mesh/isthmus/xds"
 )
 
-// probeTimeout bounds one trial of one path; probesAtOnce how many run together.
+// probeTimeout bounds one trial of one path, and askTimeout how long an agent that tries one
+// is waited for: packets that vanish use up all of the former, and that is to be heard.
+// probesAtOnce is how many run together.
 const (
 	probeTimeout = 4 * time.Second
+	askTimeout   = probeTimeout + time.Second
 	probesAtOnce = 16
 )
 
@@ -36,8 +44,8 @@ type path struct {
 }
 
 // ProbePaths implements api.AdminServer. From meshd and from every cluster whose
-// gateways belong to another network, each address of each gateway is tried by a
-// handshake with a workload behind it, as callers do it.
+// gateways belong to another network, each address of each gateway is tried by mutual
+// TLS through it, as callers do it.
 func (s *Server) ProbePaths(ctx context.Context, req *api.ProbePathsRequest) (*api.PathReport, error) {
 	about := federation.SourceID("")
 	if req.GetCluster() != "" {
@@ -160,7 +168,7 @@ func targetIn(snapshot *federation.Snapshot, name federation.ServiceName, record
 					t.sni = federation.SNI(p.Number, "", name.Host())
 				}
 			}
-			id := fmt.Sprintf("spiffe://%s/ns/%s/sa/%s", trustDomain, name.Namespace, e.ServiceAccount)
+			id := spiffeID(trustDomain, name.Namespace, e.ServiceAccount)
 			if !slices.Contains(t.identities, id) {
 				t.identities = append(t.identities, id)
 			}
@@ -169,69 +177,155 @@ func targetIn(snapshot *federation.Snapshot, name federation.ServiceName, record
 	return t, t.sni != ""
 }
 
-// try tries one path.
-func (s *Server) try(ctx context.Context, snapshot *federation.Snapshot, p path) *api.Path {
-	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
-	defer cancel()
-	out := &api.Path{From: "meshd", To: snapshot.SourceName(p.gateway.Source), Address: hostPort(p.address)}
-	req := &api.ProbeRequest{Address: out.Address, Timeout: durationpb.New(probeTimeout)}
-	behind, found := targetBehind(snapshot, p.gateway.Network, s.cfg.Authority.Bundle().TrustDomain.Name())
-	if found {
-		req.Sni, req.Alpn, req.Identities = behind.sni, xds.ALPN, behind.identities
+// proxyLabel marks the pods that join installed, see registry/kube.ProxyLabel: behind
+// them an agent of ours answers probes.
+const proxyLabel = "isthmus-mesh.io/proxy"
+
+// answerers are the SPIFFE IDs that the agents of a gateway may have; none if the pods of
+// the gateway are of another making, or not known.
+func answerers(snapshot *federation.Snapshot, g *federation.Gateway, trustDomain string) []string {
+	var out []string
+	for _, w := range snapshot.Workloads {
+		if w.Source != g.Source || w.Network != g.Network || w.Role != federation.GatewayRole || w.Labels[proxyLabel] == "" {
+			continue
+		}
+		id := spiffeID(trustDomain, w.Namespace, w.ServiceAccount)
+		if !slices.Contains(out, id) {
+			out = append(out, id)
+		}
 	}
-	begun := s.cfg.Clock()
-	var result *api.ProbeResult
-	var err error
-	if p.from == "" {
-		result = s.probe(ctx, req)
-	} else {
-		out.From = snapshot.SourceName(p.from)
-		result, err = s.probes.ask(ctx, p.from, req)
+	slices.Sort(out)
+	return out
+}
+
+func spiffeID(trustDomain, namespace, account string) string {
+	return fmt.Sprintf("spiffe://%s/ns/%s/sa/%s", trustDomain, namespace, account)
+}
+
+// proof is how one path is to be proven.
+type proof struct {
+	request *api.ProbeRequest
+	// source whose authority must have signed the peer's certificate; empty where a
+	// service of several sources may answer.
+	source federation.SourceID
+	with   string // whom mutual TLS is spoken with, for people; empty: no TLS
+	behind string // the service, where that is it
+}
+
+// proofOf has the gateway's own agent answer, by the name that is reserved for that. A
+// gateway of another making has none: there a workload behind it must do, and if there
+// is none, the connection itself.
+func (s *Server) proofOf(snapshot *federation.Snapshot, p path) proof {
+	trustDomain := s.cfg.Authority.Bundle().TrustDomain.Name()
+	out := proof{request: &api.ProbeRequest{Address: hostPort(p.address), Timeout: durationpb.New(probeTimeout)}}
+	if ids := answerers(snapshot, p.gateway, trustDomain); len(ids) > 0 {
+		out.request.Sni, out.request.Alpn, out.request.Identities, out.request.Answered = api.ProbeName, xds.ALPN, ids, true
+		out.source, out.with = p.gateway.Source, "the gateway"
+		return out
 	}
-	out.Elapsed = durationpb.New(s.cfg.Clock().Sub(begun))
-	switch {
-	case errors.Is(err, errNoAgent):
-		out.State, out.Message = "unknown", err.Error()
-	case err != nil:
-		out.State, out.Message = "failed", "no answer of the agent: "+err.Error()
-	case !result.GetConnected():
-		out.State, out.Message = "failed", result.GetMessage()
-	case !found:
-		out.State, out.Message = "reached", "reached; no workload of the mesh behind it yet to speak mTLS with"
-	case !result.GetVerified():
-		out.State, out.Message = "failed", fmt.Sprintf("connected, but no mTLS with %s: %s", behind.service, result.GetMessage())
-	default:
-		out.State, out.Service = "verified", behind.service.String()
+	if behind, found := targetBehind(snapshot, p.gateway.Network, trustDomain); found {
+		out.request.Sni, out.request.Alpn, out.request.Identities = behind.sni, xds.ALPN, behind.identities
+		out.behind, out.with = behind.service.String(), behind.service.String()
 	}
 	return out
 }
 
+// try tries one path.
+func (s *Server) try(ctx context.Context, snapshot *federation.Snapshot, p path) *api.Path {
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	out := &api.Path{From: "meshd", To: snapshot.SourceName(p.gateway.Source), Address: hostPort(p.address)}
+	how := s.proofOf(snapshot, p)
+	var result *api.ProbeResult
+	var err error
+	if p.from == "" {
+		result = s.probe(ctx, how.request)
+	} else {
+		out.From = snapshot.SourceName(p.from)
+		result, err = s.probes.ask(ctx, p.from, how.request)
+	}
+	out.Elapsed = result.GetElapsed()
+	switch {
+	case errors.Is(err, errNoAgent):
+		out.State, out.Message = "unknown", fmt.Sprintf("no agent of a gateway of %s is connected to meshd, so nobody could try it from there", out.From)
+		return out
+	case err != nil:
+		out.State, out.Message = "unknown", fmt.Sprintf("the agent of a gateway of %s does not answer meshd: %v", out.From, err)
+		return out
+	case !result.GetConnected():
+		out.State, out.Message = "failed", result.GetMessage()
+		return out
+	case how.with == "":
+		out.State, out.Message = "reached", "reached; the gateway is not one that mesh join installed, and no workload of the mesh is behind it yet to speak mTLS with"
+		return out
+	}
+	if err := s.proven(result, how); err != nil {
+		out.State, out.Message = "failed", fmt.Sprintf("connected, but no mTLS with %s: %v", how.with, err)
+		return out
+	}
+	out.State, out.Service, out.Peer = "verified", how.behind, result.GetPeer()
+	return out
+}
+
+// proven tells whether a probe has ended where it was to. The certificates are looked at
+// here, whoever probed: only the authority knows which source's intermediate signed them.
+func (s *Server) proven(result *api.ProbeResult, how proof) error {
+	if !result.GetVerified() {
+		return errors.New(result.GetMessage())
+	}
+	var chain []*x509.Certificate
+	for _, der := range result.GetChain() {
+		c, err := x509.ParseCertificate(der)
+		if err != nil {
+			return fmt.Errorf("the peer's certificate: %w", err)
+		}
+		chain = append(chain, c)
+	}
+	id, err := s.cfg.Authority.Verify(chain)
+	switch {
+	case err != nil:
+		return err
+	case !slices.Contains(how.request.GetIdentities(), id.ID.String()):
+		return fmt.Errorf("the peer is %s, want one of %v", id.ID, how.request.GetIdentities())
+	case how.source != "" && id.Source != ca.Source(how.source):
+		return fmt.Errorf("the peer's certificate is of %s, not of %s: the address leads to another gateway", id.Source, how.source)
+	}
+	return nil
+}
+
 // probe is what agents do, done by meshd itself.
 func (s *Server) probe(ctx context.Context, req *api.ProbeRequest) *api.ProbeResult {
+	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
+	defer cancel()
 	out := &api.ProbeResult{}
+	begun := s.cfg.Clock()
+	if err := s.connect(ctx, req, out); err != nil {
+		out.Message = err.Error()
+	}
+	out.Elapsed = durationpb.New(s.cfg.Clock().Sub(begun))
+	return out
+}
+
+func (s *Server) connect(ctx context.Context, req *api.ProbeRequest, out *api.ProbeResult) error {
 	var dialer net.Dialer
 	conn, err := dialer.DialContext(ctx, "tcp", req.GetAddress())
 	if err != nil {
-		out.Message = err.Error()
-		return out
+		return err
 	}
 	defer conn.Close()
 	out.Connected = true
 	if req.GetSni() == "" {
-		return out
+		return nil
 	}
 	config := &tls.Config{
 		MinVersion: tls.VersionTLS12, ServerName: req.GetSni(), NextProtos: req.GetAlpn(),
-		InsecureSkipVerify: true, // names are identities here, see below
+		InsecureSkipVerify: true, // names are identities here, see proven
 		VerifyConnection: func(state tls.ConnectionState) error {
 			id, err := s.cfg.Authority.Verify(state.PeerCertificates)
-			if err != nil {
-				return err
+			if err == nil {
+				out.Peer, out.Serial = id.ID.String(), id.Serial
 			}
-			if out.Peer, out.Serial = id.ID.String(), id.Serial; !slices.Contains(req.GetIdentities(), out.Peer) {
-				return fmt.Errorf("the peer is %s, want one of %v", out.Peer, req.GetIdentities())
-			}
-			return nil
+			return err
 		},
 	}
 	if s.cfg.Certificate != nil {
@@ -241,9 +335,37 @@ func (s *Server) probe(ctx context.Context, req *api.ProbeRequest) *api.ProbeRes
 	}
 	secure := tls.Client(conn, config)
 	if err := secure.HandshakeContext(ctx); err != nil {
-		out.Message = err.Error()
-		return out
+		return err
+	}
+	for _, c := range secure.ConnectionState().PeerCertificates {
+		out.Chain = append(out.Chain, c.Raw)
+	}
+	if req.GetAnswered() {
+		if deadline, ok := ctx.Deadline(); ok {
+			if err := conn.SetReadDeadline(deadline); err != nil {
+				return err
+			}
+		}
+		if err := s.expectAnswer(secure); err != nil {
+			return err
+		}
 	}
 	out.Verified = true
-	return out
+	return nil
+}
+
+// maxAnswer bounds the line in which a gateway's agent says whom it saw.
+const maxAnswer = 2049
+
+// expectAnswer reads whom the other end saw, which must be meshd.
+func (s *Server) expectAnswer(conn io.Reader) error {
+	line, err := bufio.NewReader(io.LimitReader(conn, maxAnswer)).ReadString('\n')
+	if err != nil {
+		return fmt.Errorf("the peer does not say whom it saw: %w", err)
+	}
+	own := spiffeID(s.cfg.Authority.Bundle().TrustDomain.Name(), ca.ControlNamespace, ca.ControlAccount)
+	if seen := strings.TrimSuffix(line, "\n"); seen != own {
+		return fmt.Errorf("the peer saw %.200q, want %s", seen, own)
+	}
+	return nil
 }

@@ -7,6 +7,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"sync"
 	"time"
@@ -17,8 +18,12 @@ import (
 	"github.com/isthmus-mesh/isthmus/api"
 )
 
-// peerTimeout bounds how long the others are waited for.
-const peerTimeout = 2 * time.Second
+// peerTimeout bounds how long the others are waited for; who tries paths for us may take
+// as long as a trial.
+const (
+	peerTimeout      = 2 * time.Second
+	peerProbeTimeout = askTimeout + peerTimeout
+)
 
 // PeerConfig says where the other replicas are. All fields are required.
 type PeerConfig struct {
@@ -160,12 +165,42 @@ func (g *PeerGroup) Clusters(ctx context.Context) []*api.Cluster {
 // Paths implements Peers.
 func (g *PeerGroup) Paths(ctx context.Context, cluster string) []*api.Path {
 	var out []*api.Path
-	for _, report := range ask(ctx, g, "ProbePaths", func(ctx context.Context, c api.AdminClient) (*api.PathReport, error) {
+	for _, report := range askWithin(ctx, g, peerProbeTimeout, "ProbePaths", func(ctx context.Context, c api.AdminClient) (*api.PathReport, error) {
 		return c.ProbePaths(ctx, &api.ProbePathsRequest{Cluster: cluster})
 	}) {
 		out = append(out, report.GetPaths()...)
 	}
 	return out
+}
+
+// TailActivity implements Peers. A replica that comes later is not followed.
+func (g *PeerGroup) TailActivity(ctx context.Context, req *api.TailActivityRequest, found func(*api.Activity)) {
+	if !req.GetFollow() {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, peerTimeout)
+		defer cancel()
+	}
+	var (
+		mu      sync.Mutex
+		waiting sync.WaitGroup
+	)
+	for address, client := range g.clients() {
+		waiting.Go(func() {
+			stream, err := client.TailActivity(ctx, req)
+			for err == nil {
+				var a *api.Activity
+				if a, err = stream.Recv(); err == nil {
+					mu.Lock()
+					found(a)
+					mu.Unlock()
+				}
+			}
+			if !errors.Is(err, io.EOF) && ctx.Err() == nil {
+				g.cfg.Log.Warn("another replica does not answer", "address", address, "call", "TailActivity", "error", err)
+			}
+		})
+	}
+	waiting.Wait()
 }
 
 // Activity implements Peers.

@@ -14,8 +14,9 @@ import (
 	"github.com/isthmus-mesh/isthmus/federation"
 )
 
-// errNoAgent means that no agent of a gateway of that source is connected here.
-var errNoAgent = errors.New("no agent of a gateway there is connected to this replica")
+// errNoAgent means that no agent of a gateway of that source is connected here. Another
+// replica may have one.
+var errNoAgent = errors.New("no agent of a gateway there is connected to this replica of meshd")
 
 // probeHub lends the connected agents of gateways to whoever wants to try a path
 // from where they are.
@@ -79,7 +80,7 @@ func (h *probeHub) ask(ctx context.Context, source federation.SourceID, req *api
 	req.Id = h.last
 	h.mu.Unlock()
 	if deadline, ok := ctx.Deadline(); ok {
-		req.Timeout = durationpb.New(time.Until(deadline))
+		req.Timeout = durationpb.New(min(probeTimeout, time.Until(deadline)))
 	}
 	return a.ask(ctx, req)
 }

@@ -76,6 +76,7 @@ func (s *Server) proxy(snapshot *federation.Snapshot, status xdsserver.ProxyStat
 		Node:     status.Node, Cluster: snapshot.SourceName(p.Workload.Source), Network: string(p.Network), Role: string(p.Role),
 		Identity:  fmt.Sprintf("spiffe://%s/ns/%s/sa/%s", s.cfg.Authority.Bundle().TrustDomain.Name(), p.Namespace, p.ServiceAccount),
 		Connected: stamp(status.Connected), Replica: s.cfg.Replica, Synced: status.Synced, BehindSince: stamp(status.Behind),
+		AgentVersion: status.AgentVersion, EnvoyVersion: status.EnvoyVersion, CertificateExpires: stamp(status.CertificateExpires),
 	}
 	for _, t := range status.Types {
 		one := &api.ProxyType{

@@ -34,7 +34,7 @@ func (s *Server) RegisterCluster(ctx context.Context, req *api.RegisterClusterRe
 		return nil, err
 	}
 	answer := &api.RegisterClusterResponse{
-		NewNetwork: s.newNetwork(m), Root: s.cfg.Authority.Bundle().PEM(), Advertised: s.cfg.Advertised,
+		NewNetwork: s.newNetwork(m), Root: s.cfg.Authority.Bundle().PEM(), Advertised: s.advertised(),
 		TrustDomain: s.cfg.Authority.Bundle().TrustDomain.Name(), Findings: joinFindings(m, req.GetReader()),
 	}
 	before := members[m.ID]

@@ -16,6 +16,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -80,6 +81,9 @@ type Peers interface {
 	Proxies(ctx context.Context) []*api.Proxy
 	Clusters(ctx context.Context) []*api.Cluster
 	Paths(ctx context.Context, cluster string) []*api.Path
+	// TailActivity hands over what their audit logs have, one record at a time. With
+	// req.Follow it goes on until ctx ends.
+	TailActivity(ctx context.Context, req *api.TailActivityRequest, found func(*api.Activity))
 	Activity(ctx context.Context) []*api.AuditLog
 }
 
@@ -115,14 +119,19 @@ type Config struct {
 	// Findings of other rooms, for example of the translation to xDS; optional.
 	Findings func() []federation.Finding
 
+	// Standing is how much a silent source counts for others; optional.
+	Standing func(federation.SourceID) federation.Standing
+
 	// Certificate is what meshd's own probes of gateways present; optional.
 	Certificate func() *tls.Certificate
 
-	// Advertised are the "host:port" at which proxies find this mesh;
-	// AdminAddress is the one at which virtual machines find the onboarding
+	// Advertised are the "host:port" at which proxies find this replica, and
+	// AdvertisedElsewhere (optional) those of the others: proxies are given all of
+	// them. AdminAddress is the one at which virtual machines find the onboarding
 	// script.
-	Advertised   []string
-	AdminAddress string
+	Advertised          []string
+	AdvertisedElsewhere func() []string
+	AdminAddress        string
 
 	// Virtual are the ranges of virtual addresses; zero means the defaults.
 	Virtual federation.VirtualRanges
@@ -163,8 +172,7 @@ type Server struct {
 	refused rate.Sometimes // keeps the log small
 
 	mu       sync.Mutex
-	issued   map[string]time.Time // ends of join tokens that this replica made, by VM
-	findings snapshotFindings     // of the newest snapshot that was looked at
+	findings snapshotFindings // of the newest snapshot that was looked at
 
 	configuration *config.Index // of indexed
 	indexed       *federation.Snapshot
@@ -190,7 +198,7 @@ func New(cfg Config) (*Server, error) {
 		cfg.Log = slog.Default()
 	}
 	s := &Server{
-		cfg: cfg, probes: newProbeHub(), issued: map[string]time.Time{},
+		cfg: cfg, probes: newProbeHub(),
 		refused: rate.Sometimes{First: 10, Interval: 10 * time.Second},
 	}
 	s.grpc = grpc.NewServer(
@@ -200,6 +208,17 @@ func New(cfg Config) (*Server, error) {
 	api.RegisterAdminServer(s.grpc, s)
 	s.routes = s.mux()
 	return s, nil
+}
+
+// advertised are the addresses of all replicas that live, in an order that does not depend
+// on which of them is asked.
+func (s *Server) advertised() []string {
+	out := slices.Clone(s.cfg.Advertised)
+	if s.cfg.AdvertisedElsewhere != nil {
+		out = append(out, s.cfg.AdvertisedElsewhere()...)
+	}
+	slices.Sort(out)
+	return slices.Compact(out)
 }
 
 // maxRequest bounds what a caller may send, in bytes.

@@ -8,14 +8,17 @@ import (
 	"io"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/isthmus-mesh/isthmus/api"
+	"github.com/isthmus-mesh/isthmus/api/apiserver"
 	"github.com/isthmus-mesh/isthmus/ca"
 	"github.com/isthmus-mesh/isthmus/federation"
 	"github.com/isthmus-mesh/isthmus/registry"
@@ -255,5 +258,65 @@ func TestPathsAreTriedFromWhereTheyBegin(t *testing.T) {
 	}
 	if r := <-asked; r.GetAddress() != "127.0.0.2:1" || r.GetSni() != "" {
 		t.Errorf("the agent was asked %v", r)
+	}
+}
+
+// spent are tokens that were all used.
+type spent struct{ apiserver.Tokens }
+
+func (spent) List(context.Context) ([]ca.JoinToken, error) { return nil, nil }
+
+// Whether a token was used is known to every replica, not only to the one that made it;
+// and a machine whose certificate ended while it was away is told apart from one that
+// needs no token.
+func TestWhatEndedWhileAMachineWasAway(t *testing.T) {
+	t.Parallel()
+	var ahead atomic.Int64
+	clock := func() time.Time { return time.Now().Add(time.Duration(ahead.Load())) }
+	w := newWorld(t, func(c *apiserver.Config) { c.Clock = clock })
+	if _, err := w.client.OnboardVM(t.Context(), &api.OnboardVMRequest{Vm: webOne()}); err != nil {
+		t.Fatal(err)
+	}
+	w.awaitPhase(t, "Pending")
+	two := newWorld(t, func(c *apiserver.Config) {
+		c.Store, c.Authority, c.Clock, c.Tokens, c.Replica = w.store, w.ca.Authority, clock, spent{c.Tokens}, "meshd-1"
+	})
+	two.client = api.NewAdminClient(two.dial(t, two.address, w.ca.Admin(t)))
+	elsewhere := func() *api.VMStatus {
+		t.Helper()
+		list, err := two.client.ListVMs(t.Context(), &api.ListVMsRequest{Name: "web-1"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return list.GetItems()[0].GetStatus()
+	}
+	if st := elsewhere(); st.GetPhase() != "Redeemed" {
+		t.Errorf("a used token: %v", st)
+	}
+	ahead.Store(int64(time.Hour))
+	if st := elsewhere(); st.GetPhase() != "Expired" || !strings.Contains(st.GetMessage(), "mesh vm onboard web-1") {
+		t.Errorf("an hour later: %v", st)
+	}
+	ahead.Store(0)
+
+	cert := w.ca.Leaf(t, ca.Subject{Source: "vm:n1", Instance: "web-1", Namespace: "legacy", ServiceAccount: "web"})
+	stream, err := api.NewWorkloadsClient(w.dial(t, w.mesh, cert)).Report(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	ends := time.Now().Add(20 * time.Hour)
+	if err := stream.Send(&api.HealthReport{Healthy: true, Addresses: []string{"10.1.0.30"}, CertificateExpires: timestamppb.New(ends)}); err != nil {
+		t.Fatal(err)
+	}
+	if st := w.awaitPhase(t, "Healthy"); !st.GetCertificateExpires().AsTime().Equal(ends.UTC()) {
+		t.Errorf("certificate until %v, want %v", st.GetCertificateExpires().AsTime(), ends)
+	}
+	stream.CloseSend()
+	if st := w.awaitPhase(t, "Lost"); !strings.Contains(st.GetMessage(), "needs no token") {
+		t.Errorf("%v", st)
+	}
+	ahead.Store(int64(21 * time.Hour))
+	if st := elsewhere(); st.GetPhase() != "Expired" || !strings.Contains(st.GetMessage(), "its certificate ended at") || !strings.Contains(st.GetMessage(), "mesh vm onboard web-1") {
+		t.Errorf("after its certificate ended: %v", st)
 	}
 }

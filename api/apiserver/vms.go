@@ -65,6 +65,7 @@ func (s *Server) admitVM(ctx context.Context, vm *registry.VM, lifetime time.Dur
 	if err := s.record(ctx, "onboard-vm", vm.Key().String()+" as "+vm.Service.String(), ca.Source(source)); err != nil {
 		return time.Time{}, err
 	}
+	vm.Invited = s.cfg.Clock().Add(lifetime).UTC().Truncate(time.Second)
 	if _, err := s.cfg.Store.PutVM(ctx, vm); err != nil {
 		return time.Time{}, err
 	}
@@ -81,9 +82,6 @@ func (s *Server) admitVM(ctx context.Context, vm *registry.VM, lifetime time.Dur
 		return time.Time{}, err
 	}
 	out.Token = token
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.issued[vm.Key().String()] = what.Expires
 	return what.Expires, nil
 }
 
@@ -272,9 +270,18 @@ func (s *Server) vmStatus(vm *registry.VM, unspent []ca.JoinToken, proxy *api.Pr
 		out.Addresses, out.AgentVersion, out.Message = addressTexts(h.Addresses), h.Version, h.Message
 		out.Conditions = []*api.Condition{{Type: "Healthy", Status: truth(h.Healthy), Message: h.Message, LastTransition: stamp(h.Since)}}
 	}
+	if h := vm.Health; h != nil && !h.CertificateExpires.IsZero() {
+		out.CertificateExpires = stamp(h.CertificateExpires)
+	}
+	ended := out.CertificateExpires != nil && proxy == nil && !s.cfg.Clock().Before(out.CertificateExpires.AsTime())
 	switch {
+	case vm.Health != nil && !vm.Present && ended && out.TokenExpires != nil:
+		out.Phase, out.Message = "Pending", "its certificate ended while it was away, and its new token has not been used yet"
+	case vm.Health != nil && !vm.Present && ended:
+		out.Phase = "Expired"
+		out.Message = "its certificate ended at " + out.CertificateExpires.AsTime().Format(time.RFC3339) + " while it was away; it needs a new token: mesh vm onboard " + vm.Name
 	case vm.Health != nil && !vm.Present:
-		out.Phase, out.Message = "Lost", "its agent has stopped reporting"
+		out.Phase, out.Message = "Lost", "its agent has stopped reporting; it needs no token to come back"
 	case vm.Health != nil && vm.Health.Healthy:
 		out.Phase = "Healthy"
 	case vm.Health != nil:
@@ -289,16 +296,13 @@ func (s *Server) vmStatus(vm *registry.VM, unspent []ca.JoinToken, proxy *api.Pr
 	return out
 }
 
-// afterToken tells a used token from an expired one, as far as this replica
-// remembers.
+// afterToken tells a used token from an expired one. One that is not among the unspent
+// before its time has come was used.
 func (s *Server) afterToken(vm *registry.VM) (phase, message string) {
-	s.mu.Lock()
-	ends, known := s.issued[vm.Key().String()]
-	s.mu.Unlock()
-	if known && s.cfg.Clock().Before(ends) {
-		return "Redeemed", "it has its certificate and has not reported yet"
+	if s.cfg.Clock().Before(vm.Invited) {
+		return "Redeemed", "its token was used, and it has not reported yet"
 	}
-	return "Expired", "its token is used or expired, and it has never reported: mesh vm onboard " + vm.Name + " makes a new one"
+	return "Expired", "its token is used or expired, and it has never reported; it needs a new one: mesh vm onboard " + vm.Name
 }
 
 func truth(b bool) string {

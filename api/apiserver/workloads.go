@@ -192,6 +192,9 @@ func healthIn(r *api.HealthReport) (registry.VMHealth, error) {
 	h := registry.VMHealth{
 		Healthy: r.GetHealthy(), Message: cut(r.GetMessage()), Version: cut(r.GetVersion()), Platform: cut(r.GetPlatform()),
 	}
+	if r.GetCertificateExpires() != nil {
+		h.CertificateExpires = r.GetCertificateExpires().AsTime()
+	}
 	for _, text := range r.GetAddresses() {
 		a, err := netip.ParseAddr(text)
 		if err != nil {

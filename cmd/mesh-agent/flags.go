@@ -102,7 +102,7 @@ func (f *proxyFlags) bind(flags *pflag.FlagSet, get func(string) string) {
 	c := &f.agent
 	e.text(&f.role, "role", "MESH_ROLE", "sidecar", "sidecar, gateway or vm")
 	e.text(&f.configDoc, "config", "MESH_CONFIG", "", "onboarding configuration of a virtual machine (JSON)")
-	e.text(&c.Server, "server", "MESH_SERVER", "", "host:port of meshd")
+	e.text(&c.Server, "server", "MESH_SERVER", "", "host:port of meshd; several, separated by commas, where it has replicas")
 	e.text(&c.RootCertFile, "root-cert", "MESH_ROOT_CERT_FILE", "/var/run/secrets/isthmus/root-cert.pem", "PEM roots to verify meshd with")
 	e.text(&c.TokenFile, "token-file", "MESH_TOKEN_FILE", "/var/run/secrets/tokens/isthmus-token", "credential for the first certificate")
 	e.text(&c.Name, "name", "MESH_POD_NAME", "", "name of pod or machine")
@@ -138,7 +138,7 @@ func (f *proxyFlags) bind(flags *pflag.FlagSet, get func(string) string) {
 // config reads all options.
 func (f *proxyFlags) config() (agent.Config, error) {
 	c := f.agent
-	c.Role, c.Version = agent.Role(f.role), version
+	c.Role, c.Version = agent.Role(f.role), version()
 	var err error
 	if c.Rules, err = f.rules.parse(); err != nil {
 		return c, err

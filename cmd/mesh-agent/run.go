@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"strings"
 	"syscall"
 	"time"
@@ -18,12 +19,18 @@ import (
 
 	"github.com/isthmus-mesh/isthmus/agent"
 	"github.com/isthmus-mesh/isthmus/agent/dns"
+	"github.com/isthmus-mesh/isthmus/agent/identity"
 	"github.com/isthmus-mesh/isthmus/agent/onboard"
 	"github.com/isthmus-mesh/isthmus/agent/redirect"
 )
 
-// version is set by the linker.
-var version = "dev"
+// version of this program, from the build information that Go embeds.
+func version() string {
+	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
+		return info.Main.Version
+	}
+	return "(devel)"
+}
 
 func root() *cobra.Command {
 	command := &cobra.Command{
@@ -32,7 +39,7 @@ func root() *cobra.Command {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	command.AddCommand(proxyCommand(), redirectCommand(), waitCommand(), versionCommand())
+	command.AddCommand(proxyCommand(), redirectCommand(), waitCommand(), certificateCommand(), versionCommand())
 	return command
 }
 
@@ -173,13 +180,39 @@ func ask(ctx context.Context, url string) error {
 	return nil
 }
 
+func certificateCommand() *cobra.Command {
+	var dir string
+	command := &cobra.Command{
+		Use:   "certificate",
+		Short: "Tell whose certificate is stored, and until when it can renew itself",
+		Long: "Tell whose certificate is stored, and until when it can renew itself.\n\n" +
+			"It fails if there is none, or if it has ended: then a new token is needed.",
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cert, err := (&identity.Store{Path: agent.IdentityPath(dir)}).Load()
+			if err != nil {
+				return err
+			}
+			ends := cert.Leaf.NotAfter.UTC().Format(time.RFC3339)
+			if !cert.ValidAt(time.Now()) {
+				return fmt.Errorf("the certificate of %s ended at %s", cert.URI(), ends)
+			}
+			_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s until %s\n", cert.URI(), ends)
+			return err
+		},
+	}
+	e := environment{command.Flags(), os.Getenv}
+	e.text(&dir, "state-dir", "MESH_STATE_DIR", "/var/run/isthmus", "folder for key and certificate")
+	return command
+}
+
 func versionCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "version",
 		Short: "Print the version",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			_, err := fmt.Fprintln(cmd.OutOrStdout(), version)
+			_, err := fmt.Fprintln(cmd.OutOrStdout(), version())
 			return err
 		},
 	}

@@ -20,15 +20,20 @@ func (s *session) activityCommand() *cobra.Command {
 	var since time.Duration
 	var follow bool
 	cmd := &cobra.Command{
-		Use:     "activity",
-		Short:   "Show who did what: joins, certificates, refusals",
+		Use:   "activity",
+		Short: "Show who did what: joins, certificates, refusals",
+		Long: `Show who did what: joins, certificates, refusals.
+
+Every replica of meshd keeps an audit log of its own. The logs of all replicas that
+answer are shown together, by time; -o wide says which replica wrote a record. With
+-f a replica that starts later is not followed.`,
 		Example: "  mesh activity --since 10m\n  mesh activity -f",
 		Args:    arguments(0, 0, ""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return s.tail(cmd.Context(), &api.TailActivityRequest{Since: durationpb.New(since), Follow: follow})
 		},
 	}
-	cmd.Flags().StringVarP(&s.output, "output", "o", "table", "output: table or json (one record a line)")
+	cmd.Flags().StringVarP(&s.output, "output", "o", "table", "output: table, wide or json (one record a line)")
 	cmd.Flags().DurationVar(&since, "since", time.Hour, "only what is younger")
 	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "go on as records are written")
 	cmd.AddCommand(s.activityVerifyCommand())
@@ -69,7 +74,11 @@ func (s *session) printActivity(a *api.Activity) {
 		state = "failed"
 	}
 	var parts []string
-	for _, part := range []string{a.GetVerb(), a.GetObject(), a.GetActor(), a.GetMessage()} {
+	replica := ""
+	if s.output == "wide" {
+		replica = a.GetReplica()
+	}
+	for _, part := range []string{a.GetVerb(), a.GetObject(), a.GetActor(), a.GetMessage(), replica} {
 		if part != "" {
 			parts = append(parts, part)
 		}

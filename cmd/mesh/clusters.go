@@ -23,7 +23,10 @@ func (s *session) clustersCommand() *cobra.Command {
 		Long: `List the joined clusters and their state.
 
 LAG is how old what meshd knows of the cluster may be. CREDENTIALS says whether
-meshd renews its credential for the cluster itself, and how long it is valid.`,
+meshd renews its credential for the cluster itself, and how long it is valid.
+STANDING (-o wide) is how much its endpoints count for others: "fresh", "demoted"
+(its API server is away: called last) or "drained" (its gateways too: called only
+for what nobody else has).`,
 		Example: `  mesh clusters
   mesh clusters west -o yaml
   mesh clusters -o json | jq '.items[].status.conditions[] | select(.status != "True")'`,
@@ -63,7 +66,7 @@ func (s *session) fetchClusters(ctx context.Context, args []string) (*listing, e
 			{head: "NAME"}, {head: "ROLE"}, {head: "STATUS"}, {head: "NETWORK", spare: 1},
 			{head: "SERVICES", right: true}, {head: "ENDPOINTS", right: true}, {head: "LAG"},
 			{head: "GATEWAY"}, {head: "CREDENTIALS", spare: 3}, {head: "AGE", spare: 2},
-			{head: "PROXIES", right: true, wide: true}, {head: "KUBERNETES", wide: true},
+			{head: "STANDING", wide: true}, {head: "PROXIES", right: true, wide: true}, {head: "KUBERNETES", wide: true},
 			{head: "API-SERVER", wide: true}, {head: "UID", wide: true}, {head: "REASON", wide: true},
 		}},
 	}
@@ -87,6 +90,7 @@ func (s *session) clusterRow(c *api.Cluster) []cell {
 		{text: gatewayText(c)},
 		{text: s.credentialText(st)},
 		{text: s.age(c.GetMetadata().GetCreated())},
+		{text: st.GetStanding(), tone: phaseTone(st.GetStanding())},
 		{text: count(st.GetProxies())},
 		{text: st.GetKubernetesVersion()},
 		{text: c.GetSpec().GetApiServer()},
@@ -138,9 +142,9 @@ func reasonText(conditions []*api.Condition) string {
 
 func phaseTone(phase string) tone {
 	switch phase {
-	case "Ready", "Healthy", "Connected", "Active", "synced":
+	case "Ready", "Healthy", "Connected", "Active", "synced", "fresh":
 		return green
-	case "Degraded", "Joining", "Leaving", "Pending", "pending", "NotYetTranslated", "IgnoredOnRemote", "Redeemed":
+	case "Degraded", "demoted", "Joining", "Leaving", "Pending", "pending", "NotYetTranslated", "IgnoredOnRemote", "Redeemed":
 		return yellow
 	case "":
 		return plain

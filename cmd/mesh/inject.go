@@ -34,8 +34,9 @@ func (s *session) injectCommand() *cobra.Command {
 
 The injected manifests go to stdout, and a word about each of them to stderr. A
 template that has the sidecar already gets the present one; other documents are
-copied as they are. With --cluster the network and the address of meshd are asked
-from meshd; otherwise give --network, --cluster-id and --meshd.`,
+copied as they are. With --cluster the network and the addresses of meshd, of all
+its replicas, are asked from meshd; otherwise give --network, --cluster-id and
+--meshd.`,
 		Example: `  mesh inject -f shop.yaml --cluster east | kubectl --context prod-east apply -f -
   kubectl get deployment cart -o yaml | mesh inject -f - --cluster east | kubectl apply -f -`,
 		Args: arguments(0, 0, ""),
@@ -46,7 +47,7 @@ from meshd; otherwise give --network, --cluster-id and --meshd.`,
 	fl.StringVar(&f.cluster, "cluster", "", "the joined cluster that the manifests are for")
 	fl.StringVar(&f.options.Network, "network", "", "network of the cluster")
 	fl.StringVar(&f.options.ClusterID, "cluster-id", "", "kube:UID, with the UID of the cluster's namespace kube-system")
-	fl.StringVar(&f.options.Server, "meshd", "", "HOST:15012 at which the pods reach meshd")
+	fl.StringVar(&f.options.Server, "meshd", "", "HOST:15012 at which the pods reach meshd; several, separated by commas, where it has replicas")
 	fl.StringVar(&f.options.Image, "proxy-image", "isthmus/proxy:dev", "image of the sidecar")
 	fl.StringVar(&f.options.LogLevel, "proxy-log-level", "info", "log level of the sidecar's agent")
 	must(cmd.RegisterFlagCompletionFunc("cluster", s.completeClusters))
@@ -111,7 +112,7 @@ func (s *session) injectionFor(ctx context.Context, f *injectFlags) error {
 		setDefault(&f.options.Network, cluster.GetSpec().GetNetwork())
 		setDefault(&f.options.ClusterID, "kube:"+cluster.GetMetadata().GetUid())
 		if len(v.GetServer().GetAdvertised()) > 0 {
-			setDefault(&f.options.Server, v.GetServer().GetAdvertised()[0])
+			setDefault(&f.options.Server, strings.Join(v.GetServer().GetAdvertised(), ","))
 		}
 		return nil
 	})

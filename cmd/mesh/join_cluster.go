@@ -43,7 +43,8 @@ What is done, in this order: your permissions in the cluster are checked, meshd
 shows that it reaches the API server itself, the namespace isthmus-system with a
 reader account, a writer account and an east-west gateway is applied, meshd gets a
 credential that lives for a day and renews it from then on. At the end the path
-is tried in both directions. Nothing is changed before the checks have passed.
+to the other networks is proven by mutual TLS, in both directions. Nothing is
+changed before the checks have passed.
 
 The command can be run again at any time: what is done already says "unchanged".
 Ctrl-C stops it between two steps.`,
@@ -94,6 +95,7 @@ type join struct {
 
 	known    *api.Cluster // the member of this name as it was before; nil if none
 	admitted *api.RegisterClusterResponse
+	lookOnly bool // the caller may not apply; see verify
 	changed  bool
 	found    []string // codes of findings that were printed
 }
@@ -292,11 +294,16 @@ func (j *join) permissions(ctx context.Context) error {
 		step.fail(api.MissingPermission, "permissions could not be checked")
 		return j.member.failure("cannot check your permissions in the cluster", err)
 	}
+	if len(missing) > 0 && j.appliedElsewhere(ctx, missing) {
+		j.lookOnly = true
+		step.done("permissions to install (%d of %d): what somebody else has applied is looked at instead", len(wanted)-len(missing), len(wanted))
+		return nil
+	}
 	if len(missing) > 0 {
 		step.fail(api.MissingPermission, "permissions to install (%d of %d)", len(wanted)-len(missing), len(wanted))
 		return &failure{exit: exitDenied, what: "cannot join " + j.name, code: api.MissingPermission,
 			why: "your account in context " + j.member.context + " may not:\n" + strings.Join(describeAccess(missing), "\n"),
-			try: defaultRemedy(api.MissingPermission)}
+			try: "use a context whose user may (usually cluster-admin), or have the manifests applied by\nsomebody who may: " + j.outputCommand() + "\nThen run the same command again: it needs only to get tokens for meshd by then\n(create serviceaccounts/token in " + kube.Namespace + ")."}
 	}
 	step.done("permissions to install (%d of %d)", len(wanted), len(wanted))
 	return nil
@@ -414,6 +421,9 @@ func (j *join) apply(ctx context.Context) error {
 	objects, err := kube.Manifests(j.options())
 	if err != nil {
 		return fmt.Errorf("manifests: %w", err)
+	}
+	if j.lookOnly {
+		return j.verify(ctx, objects)
 	}
 	step := j.steps.begin("apply", "applying objects in namespace "+kube.Namespace)
 	if err := j.awaitDeletion(ctx, step); err != nil {

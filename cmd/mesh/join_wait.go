@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"net"
 	"strconv"
 	"time"
@@ -136,7 +137,7 @@ func (j *join) paths(ctx context.Context) error {
 		step.unchanged("no path to try: there is no other network yet")
 		return nil
 	}
-	step.done("paths tried: %d", len(report.GetPaths()))
+	step.done("%s", provenText(report.GetPaths()))
 	for _, p := range report.GetPaths() {
 		broken += j.showPath(p)
 	}
@@ -147,11 +148,25 @@ func (j *join) paths(ctx context.Context) error {
 	return nil
 }
 
+// provenText says how many of the paths were proven.
+func provenText(paths []*api.Path) string {
+	proven := 0
+	for _, p := range paths {
+		if p.GetState() == "verified" {
+			proven++
+		}
+	}
+	if proven < len(paths) {
+		return fmt.Sprintf("paths tried: %d, proven by mTLS: %d", len(paths), proven)
+	}
+	return fmt.Sprintf("%d of %s proven by mTLS", proven, noun(len(paths), "path"))
+}
+
 // provePatience is how long a path may take to come up: the others' gateways
-// learn of the new one meanwhile.
+// learn of the new one meanwhile, and its agent opens its streams to meshd.
 const provePatience = 20 * time.Second
 
-// provePaths repeats the trial until no path fails or patience ends.
+// provePaths repeats the trial until all paths are tried and work, or patience ends.
 func (j *join) provePaths(ctx context.Context, step *step) (*api.PathReport, error) {
 	patience := j.now().Add(min(provePatience, j.timeout/4))
 	for {
@@ -163,7 +178,7 @@ func (j *join) provePaths(ctx context.Context, step *step) (*api.PathReport, err
 		}
 		waiting := ""
 		for _, p := range report.GetPaths() {
-			if p.GetState() == "failed" {
+			if p.GetState() == "failed" || p.GetState() == "unknown" {
 				waiting = p.GetFrom() + " to " + p.GetTo() + ": " + p.GetMessage()
 			}
 		}
@@ -184,11 +199,12 @@ func (j *join) showPath(p *api.Path) int {
 	if p.GetAddress() != "" {
 		head += " " + p.GetAddress()
 	}
+	took := p.GetElapsed().AsDuration().Round(time.Millisecond)
 	switch p.GetState() {
 	case "verified":
-		j.steps.note("done", "", head+": mTLS verified with "+p.GetService())
+		j.steps.note("done", "", fmt.Sprintf("%s: mTLS with %s in %s", head, firstOf(p.GetService(), "the gateway"), took))
 	case "reached":
-		j.steps.note("done", "", head+": "+firstOf(p.GetMessage(), "reached; no workload behind it yet to speak mTLS with"))
+		j.steps.note("warning", api.PathNotProven, head+": "+p.GetMessage())
 	case "unknown":
 		j.steps.note("warning", api.PathNotProven, head+": "+p.GetMessage())
 	default:

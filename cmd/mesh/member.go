@@ -245,9 +245,11 @@ func sameObject(before, after *unstructured.Unstructured) bool {
 	return before.GetResourceVersion() == after.GetResourceVersion() && before.GetGeneration() == after.GetGeneration()
 }
 
+var namespaces = schema.GroupVersionResource{Version: "v1", Resource: "namespaces"}
+
 // deleting tells whether a namespace is there and on its way out.
 func (m *member) deleting(ctx context.Context, namespace string) (bool, error) {
-	ns, err := m.objects.Resource(schema.GroupVersionResource{Version: "v1", Resource: "namespaces"}).Get(ctx, namespace, metav1.GetOptions{})
+	ns, err := m.objects.Resource(namespaces).Get(ctx, namespace, metav1.GetOptions{})
 	if apierrors.IsNotFound(err) {
 		return false, nil
 	}

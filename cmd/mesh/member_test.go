@@ -30,6 +30,8 @@ import (
 // What only a real one decides is tried in e2e.
 //
 //	denied "verb resource"   a permission that the caller does not have
+//	allowed all              and all of them again
+//	gone "/name"             an object is there no more
 //	status 401               every answer from now on
 //	uid UID                  of kube-system
 type memberAPI struct {
@@ -65,8 +67,19 @@ func startMember(t testing.TB) *memberAPI {
 func (m *memberAPI) set(key, value string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if key == "denied" {
+	switch key {
+	case "denied":
 		m.denied[value] = true
+		return
+	case "allowed":
+		clear(m.denied)
+		return
+	case "gone": // the path of an object, or its end
+		for path := range m.objects {
+			if strings.HasSuffix(path, value) {
+				delete(m.objects, path)
+			}
+		}
 		return
 	}
 	m.settings[key] = value

@@ -111,7 +111,7 @@ func rowSet(l *listing) map[string]bool {
 func rowKey(l *listing, row []cell) string {
 	var b strings.Builder
 	for i, c := range row {
-		if head := l.table.columns[i].head; head != "AGE" && head != "LAG" && head != "CREDENTIALS" {
+		if head := l.table.columns[i].head; head != "AGE" && head != "LAG" && head != "CREDENTIALS" && head != "CERTIFICATE" {
 			b.WriteString(c.text + "\x00")
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/isthmus-mesh/isthmus/api"
 )
@@ -21,7 +22,9 @@ func (s *session) proxiesCommand() *cobra.Command {
 
 STATUS is "synced" if the proxy has accepted everything it was sent, "pending" if
 it has not answered yet, and "rejected" if it refused something; -o yaml has the
-versions of every type and Envoy's own words.`,
+versions of every type and Envoy's own words. With -o wide ENVOY, AGENT and
+CERTIFICATE are the versions and how long the workload's certificate is valid, as
+its agent says.`,
 		Example: `  mesh proxies
   mesh proxies --troubled
   mesh proxies -n shop --cluster west -o wide`,
@@ -55,7 +58,7 @@ func (s *session) fetchProxies(ctx context.Context, req *api.ListProxiesRequest)
 	l := &listing{object: list, empty: "no proxies", table: table{columns: []column{
 		{head: "NAMESPACE"}, {head: "NAME"}, {head: "ROLE", spare: 1}, {head: "CLUSTER"}, {head: "NETWORK", spare: 3},
 		{head: "STATUS"}, {head: "AGE", spare: 2}, {head: "REPLICA", wide: true}, {head: "ENVOY", wide: true},
-		{head: "AGENT", wide: true}, {head: "TYPES", wide: true}, {head: "IDENTITY", wide: true},
+		{head: "AGENT", wide: true}, {head: "CERTIFICATE", wide: true}, {head: "TYPES", wide: true}, {head: "IDENTITY", wide: true},
 	}}}
 	for _, p := range list.GetItems() {
 		state := proxyState(p)
@@ -63,11 +66,23 @@ func (s *session) fetchProxies(ctx context.Context, req *api.ListProxiesRequest)
 			{text: p.GetMetadata().GetNamespace()}, {text: p.GetMetadata().GetName()}, {text: p.GetRole()},
 			{text: p.GetCluster()}, {text: p.GetNetwork()}, {text: state, tone: phaseTone(state)},
 			{text: s.age(p.GetConnected())}, {text: p.GetReplica()}, {text: p.GetEnvoyVersion()},
-			{text: p.GetAgentVersion()}, {text: typesText(p.GetTypes())}, {text: p.GetIdentity()},
+			{text: p.GetAgentVersion()}, s.untilCell(p.GetCertificateExpires()), {text: typesText(p.GetTypes())}, {text: p.GetIdentity()},
 		})
 		l.names = append(l.names, "proxy/"+p.GetMetadata().GetNamespace()+"/"+p.GetMetadata().GetName())
 	}
 	return l, nil
+}
+
+// untilCell is how long something is still valid; "" if that is not known.
+func (s *session) untilCell(t *timestamppb.Timestamp) cell {
+	if t == nil {
+		return cell{}
+	}
+	left := t.AsTime().Sub(s.now())
+	if left <= 0 {
+		return cell{text: "expired " + short(-left) + " ago", tone: red}
+	}
+	return cell{text: short(left)}
 }
 
 // proxyState is the worst state of its types.

@@ -31,7 +31,12 @@ func (s *session) versionCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "version",
 		Short: "Show the versions of mesh, meshd, and the members",
-		Args:  arguments(0, 0, ""),
+		Long: `Show the versions of mesh, meshd, and the members.
+
+PROXIES and AGENTS are what the connected proxies say of themselves. What is of
+another version than meshd, or than the rest, is named in a line that begins with
+"skew".`,
+		Args: arguments(0, 0, ""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return s.showVersion(cmd.Context(), clientOnly)
 		},
@@ -74,16 +79,45 @@ func (s *session) showVersion(ctx context.Context, clientOnly bool) error {
 	if srv.GetVersion() != version() {
 		fmt.Fprintln(s.stdout, "skew    mesh and meshd are of different versions")
 	}
-	t := table{columns: []column{{head: "CLUSTER"}, {head: "KUBERNETES"}, {head: "PROXIES"}}}
+	for _, line := range skew(report) {
+		fmt.Fprintln(s.stdout, "skew   ", line)
+	}
+	t := table{columns: []column{{head: "CLUSTER"}, {head: "KUBERNETES"}, {head: "PROXIES"}, {head: "AGENTS"}}}
 	for _, m := range report.GetMembers() {
-		var proxies []string
-		for _, v := range slices.Sorted(maps.Keys(m.GetProxies())) {
-			proxies = append(proxies, fmt.Sprintf("%d × %s", m.GetProxies()[v], v))
-		}
-		t.rows = append(t.rows, text(m.GetCluster(), m.GetKubernetes(), strings.Join(proxies, ", ")))
+		t.rows = append(t.rows, text(m.GetCluster(), m.GetKubernetes(), versionsText(m.GetProxies()), versionsText(m.GetAgents())))
 	}
 	if len(t.rows) == 0 {
 		return nil
 	}
 	return t.write(s.stdout, s.style(s.stdout), false, true)
+}
+
+// versionsText is for example "6 × envoy 1.40.0, 1 × envoy 1.38.1".
+func versionsText(versions map[string]int32) string {
+	var out []string
+	for _, v := range slices.Sorted(maps.Keys(versions)) {
+		out = append(out, fmt.Sprintf("%d × %s", versions[v], v))
+	}
+	return strings.Join(out, ", ")
+}
+
+// skew says which agents are not of meshd's version, and where Envoys are of several.
+func skew(report *api.VersionReport) []string {
+	var out []string
+	envoys := map[string]bool{}
+	for _, m := range report.GetMembers() {
+		for v := range m.GetProxies() {
+			envoys[v] = v != "unknown"
+		}
+		for _, v := range slices.Sorted(maps.Keys(m.GetAgents())) {
+			if v != report.GetServer().GetVersion() && v != "unknown" {
+				out = append(out, fmt.Sprintf("%s in %s: %s, meshd %s", counted(m.GetAgents()[v], "agent"), m.GetCluster(), v, report.GetServer().GetVersion()))
+			}
+		}
+	}
+	delete(envoys, "unknown")
+	if len(envoys) > 1 {
+		out = append(out, "proxies are of several versions: "+strings.Join(slices.Sorted(maps.Keys(envoys)), ", "))
+	}
+	return out
 }

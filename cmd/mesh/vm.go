@@ -31,7 +31,7 @@ func (s *session) vmListing(list *api.VMList) *listing {
 		m, st := v.GetMetadata(), v.GetStatus()
 		certificate := ""
 		if st.GetCertificateExpires() != nil {
-			certificate = short(st.GetCertificateExpires().AsTime().Sub(s.now()))
+			certificate = s.untilCell(st.GetCertificateExpires()).text
 		}
 		l.table.rows = append(l.table.rows, []cell{
 			{text: m.GetName()}, {text: v.GetSpec().GetNetwork()},

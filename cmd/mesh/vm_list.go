@@ -18,10 +18,11 @@ func (s *session) vmListCommand() *cobra.Command {
 		Short: "List the virtual machines and their state",
 		Long: `List the virtual machines and their state.
 
-Pending    the token has not been used yet      Expired    and never will be
-Redeemed   the machine has its certificate      Connected  its agent reports
-Healthy    it gets connections                  Unhealthy  its health check fails
-Lost       its agent has stopped reporting; it needs no token to come back`,
+Pending    the token has not been used yet      Redeemed   it has its certificate
+Connected  its agent is there                   Healthy    it gets connections
+Unhealthy  its health check fails               Lost       its agent does not report;
+Expired    it needs a new token, since the one             it needs no token
+           it had, or its certificate, has ended: mesh vm onboard NAME`,
 		Aliases: []string{"ls"},
 		Args:    arguments(0, 1, "name"), ValidArgsFunction: s.completeVMs,
 		RunE: func(cmd *cobra.Command, args []string) error {

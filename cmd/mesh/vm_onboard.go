@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"strconv"
@@ -34,12 +35,15 @@ func (s *session) vmOnboardCommand() *cobra.Command {
 
 The token can be used once, and for a short time only. It is asked for by the
 script on the machine, so that it is in no argument list and no shell history.
-Running the command again for a machine that has not come yet gives a new token.`,
+Running the command again gives a new token, for a machine that has not come yet or
+whose certificate ended while it was away; the name alone is enough then, and the
+line is pasted again. A machine whose certificate is valid needs no token.`,
 		Example: `  mesh vm onboard web-1 --network n1 --service legacy/web --port 8080
-  mesh vm onboard web-1 --network n1 --service legacy/web --port 80:8080/http --health-check http://:8080/ready --wait`,
+  mesh vm onboard web-1 --network n1 --service legacy/web --port 80:8080/http --health-check http://:8080/ready --wait
+  mesh vm onboard web-1`,
 		Args: arguments(1, 1, "a name for the virtual machine"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			vm, err := f.vm(args[0])
+			vm, err := s.vmToOnboard(cmd.Context(), args[0], f)
 			if err != nil {
 				return err
 			}
@@ -60,6 +64,29 @@ Running the command again for a machine that has not come yet gives a new token.
 	s.addProgressFlags(cmd, &f.timeout, 15*time.Minute)
 	fl.StringVarP(&s.output, "output", "o", "table", "output: table, json or yaml")
 	return cmd
+}
+
+// vmToOnboard is what the flags ask for; without any, the machine as it is registered.
+func (s *session) vmToOnboard(ctx context.Context, name string, f onboardFlags) (*api.VM, error) {
+	if f.network != "" || f.service != "" || len(f.ports) > 0 || f.account != "" || f.health != "" || f.locality != "" {
+		return f.vm(name)
+	}
+	var list *api.VMList
+	err := s.call(ctx, "cannot onboard "+name, func(ctx context.Context, c *connection) (err error) {
+		list, err = c.ListVMs(ctx, &api.ListVMsRequest{Name: name})
+		return err
+	})
+	var unknown *failure
+	if errors.As(err, &unknown) && unknown.code == api.UnknownName {
+		return nil, &failure{exit: exitUsage, what: "cannot onboard " + name, code: api.UnknownName,
+			why: name + " is not registered yet, so that --network, --service and --port are needed",
+			try: "mesh vm onboard " + name + " --network NETWORK --service NAMESPACE/NAME --port PORT"}
+	}
+	if err != nil {
+		return nil, err
+	}
+	known := list.GetItems()[0]
+	return &api.VM{ApiVersion: api.Version, Kind: "VM", Metadata: &api.Metadata{Name: name, Labels: known.GetMetadata().GetLabels()}, Spec: known.GetSpec()}, nil
 }
 
 // vm is what the flags ask for.

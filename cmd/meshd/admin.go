@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"runtime"
 
+	"github.com/isthmus-mesh/isthmus/api"
 	"github.com/isthmus-mesh/isthmus/api/apiserver"
 )
 
@@ -30,15 +31,24 @@ func (d *daemon) wireAdmin(context.Context) (err error) {
 		Sources: d.runner, Proxies: d.streams,
 		Findings: d.pipeline.Findings, Certificate: d.serving.Certificate,
 		Virtual: ranges, CaptureTo: []string{ranges.V4.String(), ranges.V6.String()},
-		Advertised: d.config.Advertise, AdminAddress: d.config.adminAddresses()[0],
+		Advertised: d.config.Advertise, AdvertisedElsewhere: d.advertisedElsewhere, AdminAddress: d.config.adminAddresses()[0],
 		AgentBinary: program(d.config.AgentProgram, "mesh-agent"), EnvoyBinary: program(d.config.EnvoyProgram, ""),
 		Replica: d.replica, Version: v, Commit: commit, EtcdMode: mode, Started: d.started,
-		Health: d.healthChecks, Peers: d.peers, Log: d.log.With("component", "admin"),
+		Health: d.healthChecks, Peers: d.peers, Standing: d.stale.Standing, Log: d.log.With("component", "admin"),
 	})
-	if err == nil {
-		d.admin.RegisterWorkloads(d.mesh)
+	if err != nil {
+		return err
 	}
-	return err
+	d.admin.RegisterWorkloads(d.mesh)
+	d.run("staleness", func(ctx context.Context) error { return d.stale.run(ctx, d.pipeline.Refresh) })
+	return nil
+}
+
+// pathsOf tries the ways from and to a cluster, also from where the other replicas'
+// gateways are.
+func (d *daemon) pathsOf(ctx context.Context, cluster string) ([]*api.Path, error) {
+	report, err := d.admin.ProbePaths(ctx, &api.ProbePathsRequest{Cluster: cluster})
+	return report.GetPaths(), err
 }
 
 // healthChecks are the conditions of readiness, for `mesh check`.

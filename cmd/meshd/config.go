@@ -83,6 +83,12 @@ type Configuration struct {
 	// CertificateLifetime of workloads; 24h if empty.
 	CertificateLifetime Duration `json:"certificateLifetime,omitzero"`
 
+	// DemoteAfter is how long a member's API server may be away before the others call its
+	// endpoints last; DrainAfter is from when on they leave them to themselves if its
+	// gateways are away too. See federation.StalePolicy.
+	DemoteAfter Duration `json:"demoteAfter,omitzero"`
+	DrainAfter  Duration `json:"drainAfter,omitzero"`
+
 	// CertificateLifetimes is the same for the workloads of some namespaces, by name.
 	CertificateLifetimes Lifetimes `json:"certificateLifetimes,omitempty"`
 }
@@ -196,6 +202,8 @@ func (f *flagValues) add(fs *pflag.FlagSet) {
 	fs.StringVar(&c.VirtualIPv6, "virtual-ipv6", federation.VirtualV6.String(), "range of virtual addresses; it cannot be changed while some are in use")
 	fs.DurationVar((*time.Duration)(&c.CertificateLifetime), "certificate-lifetime", 24*time.Hour, "of workloads' certificates, 5m to 168h")
 	fs.Var(&c.CertificateLifetimes, "certificate-lifetime-of", "the same for the workloads of one namespace; repeatable")
+	fs.DurationVar((*time.Duration)(&c.DemoteAfter), "demote-after", 5*time.Minute, "how long a member's API server may be away before other clusters call it last")
+	fs.DurationVar((*time.Duration)(&c.DrainAfter), "drain-after", 15*time.Minute, "how long until they do not call it at all, if its gateways are away too and others have the service")
 }
 
 // configuration is what meshd runs with.
@@ -289,7 +297,7 @@ func (c *Configuration) validate() error {
 	if _, err := c.virtual(); err != nil {
 		return err
 	}
-	return c.validateLifetimes()
+	return errors.Join(c.validateLifetimes(), c.validateStaleness())
 }
 
 // validateLifetimes is validate for the lifetimes of certificates.
@@ -304,6 +312,14 @@ func (c *Configuration) validateLifetimes() error {
 		if d := c.CertificateLifetimes[namespace]; bad(d) {
 			return fmt.Errorf("--certificate-lifetime-of %s=%v: want 5m to 168h", namespace, time.Duration(d))
 		}
+	}
+	return nil
+}
+
+// validateStaleness is validate for what becomes of clusters that fell silent.
+func (c *Configuration) validateStaleness() error {
+	if c.DemoteAfter <= 0 || c.DrainAfter < c.DemoteAfter {
+		return fmt.Errorf("--demote-after %v, --drain-after %v: want the first above zero, and the second no shorter", time.Duration(c.DemoteAfter), time.Duration(c.DrainAfter))
 	}
 	return nil
 }

@@ -25,14 +25,16 @@ import (
 // store through the pipeline to the streams.
 func (d *daemon) wireProxies(context.Context) error {
 	resolver := &gateways.Resolver{Log: d.log.With("component", "gateways")}
-	var stale staleness
+	d.stale = &staleness{
+		policy: federation.StalePolicy{DemoteAfter: time.Duration(d.config.DemoteAfter), DrainAfter: time.Duration(d.config.DrainAfter)},
+		paths:  d.pathsOf, log: d.log.With("component", "staleness"),
+	}
 	d.pipeline = xdsserver.NewPipeline(xdsserver.PipelineConfig{
 		Generators: generators(d.config.Log.Access), Log: d.log.With("component", "xds"),
-		Prepare: func(s *federation.Snapshot) *federation.Snapshot { return stale.judge(resolver.Resolve(s)) },
+		Prepare: func(s *federation.Snapshot) *federation.Snapshot { return d.stale.judge(resolver.Resolve(s)) },
 	})
 	resolver.Changed = d.pipeline.Refresh
 	d.run("gateway names", resolver.Run)
-	d.run("staleness", func(ctx context.Context) error { return stale.run(ctx, d.pipeline.Refresh) })
 	d.run("pipeline", d.pipeline.Run)
 	d.run("snapshots", d.follow)
 

@@ -27,10 +27,19 @@ func (d *daemon) wirePeers() {
 	})
 }
 
+// advertisedElsewhere are the addresses for proxies of the replicas that live.
+func (d *daemon) advertisedElsewhere() []string {
+	var addresses []string
+	for _, r := range d.store.Replicas() {
+		addresses = append(addresses, r.Advertise...)
+	}
+	return addresses
+}
+
 // announce tells the other replicas of this one, which answers by now.
 func (d *daemon) announce(ctx context.Context) error {
 	v, _ := version()
-	self := etcd.Replica{Name: d.replica, AdminAddress: d.config.AdminAddress, Version: v, Started: d.started}
+	self := etcd.Replica{Name: d.replica, AdminAddress: d.config.AdminAddress, Advertise: d.config.Advertise, Version: v, Started: d.started}
 	if self.AdminAddress == "" {
 		addresses, err := net.InterfaceAddrs()
 		if err != nil {

@@ -50,6 +50,7 @@ type daemon struct {
 	serving   *caserver.Serving
 	runner    *registry.Runner
 	pipeline  *xdsserver.Pipeline
+	stale     *staleness
 	streams   *xdsserver.Server
 	peers     *apiserver.PeerGroup
 	admin     *apiserver.Server

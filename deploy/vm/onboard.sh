@@ -32,7 +32,8 @@ usage: mesh-onboard.sh --server HOST:PORT --name NAME --ca-sha256 HEX [options]
   --name NAME          the name under which this machine was registered
   --ca-sha256 HEX      fingerprint of the mesh's root certificate (DER, SHA-256)
   --ca FILE            the root certificate; fetched and compared if absent
-  --token-file FILE    the token; asked for if absent, not needed once joined
+  --token-file FILE    the token; asked for if absent. It is not needed once joined,
+                       until the certificate ends while the machine is away
   --envoy PATH         use this Envoy instead of fetching one
   --no-capture         do not touch the machine's traffic (no nftables)
   --check              only tell whether this machine can join
@@ -200,6 +201,26 @@ check_ports() {
 	if [ -z "$taken" ]; then ok "ports $PORTS are free"; else bad "ports in use:$taken"; fi
 }
 
+# joined tells whether there is a certificate that can still renew itself. An agent
+# that cannot tell is believed to have one.
+joined() {
+	[ -f "$STATE/identity.pem" ] || return 1
+	! "$BIN/mesh-agent" certificate --help >/dev/null 2>&1 ||
+		"$BIN/mesh-agent" certificate --state-dir "$STATE" >"$work/certificate" 2>"$work/ended"
+}
+
+# check_certificate says how a machine that was away for too long comes back.
+check_certificate() {
+	[ -f "$STATE/identity.pem" ] || return 0
+	if joined; then
+		ok "certificate: $(cat "$work/certificate" 2>/dev/null)"
+	elif [ -n "$token_file" ]; then
+		ok "certificate: it has ended, and there is a new token"
+	else
+		bad "$(sed 's/^.*the certificate/certificate: that/' "$work/ended" | tail -n 1). It needs a new token: run 'mesh vm onboard $name' where you have the command, then the line that it prints, which asks for the token"
+	fi
+}
+
 check_server() {
 	host=${server%:*}
 	case $host in
@@ -215,16 +236,28 @@ check_server() {
 	fi
 	check_clock
 	# Discovery and certificates; only whether it answers matters here.
-	control=$(sed -n 's/.*"server": *"\([^"]*\)".*/\1/p' "$work/agent.json" | head -n 1)
-	if [ -n "$control" ] && have curl; then
+	# Of several replicas of meshd one is enough.
+	controls=$(sed -n 's/.*"server": *"\([^"]*\)".*/\1/p' "$work/agent.json" | head -n 1 | tr ',' ' ')
+	have curl || return 0
+	answered=''
+	for control in $controls; do
 		code=0
 		curl -s --connect-timeout 5 --max-time 8 --cacert "$work/root.pem" -o /dev/null "https://$control/" || code=$?
 		case $code in
-		6 | 7 | 28) bad "$control cannot be reached: open this port" ;;
-		60) bad "$control shows a certificate of another mesh" ;;
-		*) ok "$control answers" ;;
+		6 | 7 | 28) problem="$control cannot be reached: open this port" ;;
+		60) problem="$control shows a certificate of another mesh" ;;
+		*)
+			answered=$control
+			ok "$control answers"
+			continue
+			;;
 		esac
-	fi
+		printf '%s\n' "$problem" >>"$work/silent"
+	done
+	[ -f "$work/silent" ] || return 0
+	while read -r problem; do
+		if [ -n "$answered" ]; then warn "$problem"; else bad "$problem"; fi
+	done <"$work/silent"
 }
 
 # A clock that is off makes valid certificates invalid.
@@ -438,9 +471,8 @@ install_all() {
 	check_machine
 	check_server
 	[ "$failures" -eq 0 ] || die "$failures of the checks failed; nothing was changed"
-	joined=false
-	[ ! -f "$STATE/identity.pem" ] || joined=true
-	if [ "$joined" = false ] || [ -n "$token_file" ]; then
+	if [ -n "$token_file" ] || ! joined; then
+		[ ! -f "$STATE/identity.pem" ] || warn "the certificate has ended: a new token is needed (mesh vm onboard $name)"
 		[ "$dry" = true ] || read_token
 	fi
 	fetch_programs
@@ -518,6 +550,7 @@ main() {
 		trust
 		check_machine
 		check_server
+		check_certificate
 		[ "$failures" -eq 0 ] || die "$failures of the checks failed"
 		say "this machine can join"
 		;;

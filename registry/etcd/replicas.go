@@ -20,6 +20,9 @@ type Replica struct {
 	// AdminAddress is the "host:port" at which the others reach its admin port.
 	AdminAddress string `json:"adminAddress"`
 
+	// Advertise are the "host:port" that it tells proxies to dial.
+	Advertise []string `json:"advertise,omitempty"`
+
 	// Version of meshd.
 	Version string `json:"version,omitempty"`
 

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"strconv"
+	"strings"
 
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 )
@@ -48,7 +49,7 @@ type MemberOptions struct {
 	ClusterName, ClusterID, Network string
 
 	TrustDomain string
-	Meshd       []string // "host:15012" that proxies dial, the first one is used
+	Meshd       []string // "host:15012" that proxies dial, any of them
 	Root        []byte   // PEM of the mesh's roots
 	ProxyImage  string   // empty means DefaultProxyImage
 
@@ -197,7 +198,7 @@ func gatewayContainer(o MemberOptions) fields {
 func gatewayEnv(o MemberOptions) []any {
 	var env []any
 	for _, e := range [][2]string{
-		{"MESH_ROLE", "gateway"}, {"MESH_SERVER", o.Meshd[0]}, {"MESH_NETWORK", o.Network},
+		{"MESH_ROLE", "gateway"}, {"MESH_SERVER", strings.Join(o.Meshd, ",")}, {"MESH_NETWORK", o.Network},
 		{"MESH_CLUSTER_ID", "kube:" + o.ClusterID}, {"MESH_DRAIN_DURATION", strconv.Itoa(gatewayDrain) + "s"},
 	} {
 		env = append(env, fields{"name": e[0], "value": e[1]})

@@ -202,11 +202,11 @@ func (s *Server) serve(ctx context.Context, w wire, typeURL string) error {
 		}
 		return err
 	}
-	first, node, err := w.receive()
+	first, who, err := w.receive()
 	if err != nil {
 		return err
 	}
-	if node == "" {
+	if who.id == "" {
 		return status.Error(codes.InvalidArgument, "the first request of a stream must carry node.id")
 	}
 	waiting, cancel := context.WithTimeout(ctx, s.config.Patience)
@@ -214,11 +214,11 @@ func (s *Server) serve(ctx context.Context, w wire, typeURL string) error {
 	cancel()
 	if err != nil {
 		s.metrics.refused.Inc()
-		s.config.Log.Info("stream refused", "node", node, "workload", peer.Workload.UID, "source", peer.Workload.Source, "error", err)
+		s.config.Log.Info("stream refused", "node", who.id, "workload", peer.Workload.UID, "source", peer.Workload.Source, "error", err)
 		return err
 	}
 	defer feed.Close()
-	st := newStream(s, w, feed, node, typeURL)
+	st := newStream(s, w, feed, who, typeURL)
 	if !s.add(st) {
 		return status.Error(codes.Unavailable, "this replica is shutting down; another one will answer")
 	}

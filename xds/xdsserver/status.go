@@ -19,7 +19,12 @@ type ProxyStatus struct {
 	Class     string
 	Variant   string // "delta" or "sotw"
 	Connected time.Time
-	Revision  federation.Revision // of what it is to have
+
+	// What its agent and its Envoy say of themselves; empty where they do not.
+	AgentVersion, EnvoyVersion string
+	CertificateExpires         time.Time
+
+	Revision federation.Revision // of what it is to have
 
 	// Synced tells that it has acknowledged all of that. Behind is since when it has not.
 	Synced bool
@@ -63,7 +68,8 @@ func (st *stream) status() ProxyStatus {
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	out := ProxyStatus{
-		Proxy: now.Proxy, Node: st.node, Class: now.Class, Variant: "delta",
+		Proxy: now.Proxy, Node: st.node.id, Class: now.Class, Variant: "delta",
+		AgentVersion: st.node.agentVersion, EnvoyVersion: st.node.envoyVersion, CertificateExpires: st.node.expires,
 		Connected: st.opened, Revision: now.Revision,
 		// A revision that changed nothing for the proxy did not wake its stream.
 		Synced: sameResources(st.frame.Resources, now.Resources) && st.machine.settled(), Behind: st.behind,

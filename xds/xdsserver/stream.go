@@ -21,22 +21,22 @@ type stream struct {
 	server  *Server
 	wire    wire
 	feed    Feed
-	node    string
 	typeURL string // of single-type streams
 	opened  time.Time
 	kicked  chan error // capacity 1
 
 	mu      sync.Mutex
+	node    node
 	machine *machine
 	frame   Frame
 	behind  time.Time // since when something was unacknowledged; zero while in sync
 }
 
-func newStream(s *Server, w wire, feed Feed, node, typeURL string) *stream {
+func newStream(s *Server, w wire, feed Feed, who node, typeURL string) *stream {
 	m := newMachine(w.sotw())
 	m.diffs = s.diffs
 	return &stream{
-		server: s, wire: w, feed: feed, node: node, typeURL: typeURL, opened: s.config.Now(),
+		server: s, wire: w, feed: feed, node: who, typeURL: typeURL, opened: s.config.Now(),
 		kicked: make(chan error, 1), machine: m,
 	}
 }
@@ -90,10 +90,15 @@ func (st *stream) converse(ctx context.Context, first request) error {
 	failed := make(chan error, 1)
 	go func() {
 		for {
-			r, _, err := st.wire.receive()
+			r, who, err := st.wire.receive()
 			if err != nil {
 				failed <- err
 				return
+			}
+			if who != (node{}) {
+				st.mu.Lock()
+				st.node.learn(who)
+				st.mu.Unlock()
 			}
 			select {
 			case requests <- r:
@@ -145,7 +150,7 @@ func (st *stream) hear(r request) error {
 	now := st.server.config.Now()
 	if sub := st.machine.subs[r.typeURL]; r.isNACK && sub != nil && r.nonce == sub.inFlight && r.nonce != "" {
 		st.server.metrics.nacks.WithLabelValues(kind(r.typeURL)).Inc()
-		st.server.config.Log.Warn("proxy refused configuration", "proxy", st.node, "type", kind(r.typeURL),
+		st.server.config.Log.Warn("proxy refused configuration", "proxy", st.node.id, "type", kind(r.typeURL),
 			"resources", clip(blamed(sub.sentNames, r.refused), 5), "message", r.refused)
 	}
 	st.machine.request(r, now)

@@ -30,8 +30,8 @@ const (
 
 // wire is one stream of either variant.
 type wire interface {
-	// receive returns the next request, and the id of the node that sends it if it says so.
-	receive() (request, string, error)
+	// receive returns the next request, and what the node that sends it says of itself.
+	receive() (request, node, error)
 	send(*response) error
 	sotw() bool
 }
@@ -70,22 +70,22 @@ type deltaWire struct {
 
 func (w deltaWire) sotw() bool { return false }
 
-func (w deltaWire) receive() (request, string, error) {
+func (w deltaWire) receive() (request, node, error) {
 	var m message
 	if err := w.stream.RecvMsg(&m); err != nil {
-		return request{}, "", err
+		return request{}, node{}, err
 	}
 	defer m.data.Free()
 	data := m.data.MaterializeToBuffer(mem.DefaultBufferPool())
 	defer data.Free()
 	if r, ok := acknowledgement(data.ReadOnlyData()); ok {
-		return r, "", nil
+		return r, node{}, nil
 	}
 	r := &discoveryv3.DeltaDiscoveryRequest{}
 	if err := proto.Unmarshal(data.ReadOnlyData(), r); err != nil {
-		return request{}, "", status.Errorf(codes.InvalidArgument, "no DeltaDiscoveryRequest: %v", err)
+		return request{}, node{}, status.Errorf(codes.InvalidArgument, "no DeltaDiscoveryRequest: %v", err)
 	}
-	return deltaRequest(r), r.GetNode().GetId(), nil
+	return deltaRequest(r), nodeOf(r.GetNode()), nil
 }
 
 // acknowledgement reads a request that says nothing but that a response was taken, which
@@ -189,12 +189,12 @@ type sotwWire struct {
 
 func (w sotwWire) sotw() bool { return true }
 
-func (w sotwWire) receive() (request, string, error) {
+func (w sotwWire) receive() (request, node, error) {
 	r := &discoveryv3.DiscoveryRequest{}
 	if err := w.stream.RecvMsg(r); err != nil {
-		return request{}, "", err
+		return request{}, node{}, err
 	}
-	return sotwRequest(r), r.GetNode().GetId(), nil
+	return sotwRequest(r), nodeOf(r.GetNode()), nil
 }
 
 func sotwRequest(r *discoveryv3.DiscoveryRequest) request {
