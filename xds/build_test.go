@@ -16,6 +16,7 @@ import (
 	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
 	"google.golang.org/protobuf/proto"
+	"pgregory.net/rapid"
 
 	"github.com/isthmus-mesh/isthmus/api"
 	"github.com/isthmus-mesh/isthmus/config"
@@ -524,6 +525,99 @@ func TestMemory(t *testing.T) {
 	w.Records = map[federation.ServiceName][]*federation.Record{pay.Name: {pay}}
 	check("services and configuration are gone")
 	_ = cart
+}
+
+// TestMemoryOfAnything does the same with changes that nobody thought of.
+func TestMemoryOfAnything(t *testing.T) {
+	t.Parallel()
+	rapid.Check(t, func(t *rapid.T) {
+		w := newWorld()
+		held := map[string]bool{} // services that callers must not hear of
+		b := &xds.Builder{Closed: func(k federation.WeightKey) bool { return held[k.Service.Name] }}
+		var view *federation.View
+		var index *config.Index
+		for step := range rapid.IntRange(2, 12).Draw(t, "steps") {
+			what := anyChange(t, w)
+			if name := rapid.SampledFrom([]string{"", "", "a", "b"}).Draw(t, "held"); name != "" {
+				held[name] = !held[name]
+				b.Forget(federation.ServiceName{Namespace: "shop", Name: name})
+			}
+			w.Revision++
+			s := w.Snapshot
+			view, index = s.ViewFrom(view, client.Scope()), config.NewFrom(index, &s)
+			for _, ns := range []string{"shop", "other"} {
+				p := client
+				p.Namespace = ns
+				got, gotFindings := b.Build(view, index, p)
+				fresh := &xds.Builder{Closed: b.Closed}
+				want, wantFindings := fresh.Build(s.View(p.Scope()), config.New(&s), p)
+				for typeURL := range want {
+					if !slices.EqualFunc(got[typeURL], want[typeURL], func(x, y xds.Resource) bool { return x.Name == y.Name && x.Version == y.Version }) {
+						t.Fatalf("step %d, %s, namespace %s: %s differs", step, what, ns, typeURL)
+					}
+				}
+				if len(got) != len(want) || !slices.Equal(gotFindings, wantFindings) {
+					t.Fatalf("step %d, %s, namespace %s: other types or findings", step, what, ns)
+				}
+			}
+		}
+	})
+}
+
+// anyChange changes one of four services in one of two clusters.
+func anyChange(t *rapid.T, w *world) string {
+	name := federation.ServiceName{Namespace: "shop", Name: rapid.SampledFrom([]string{"a", "b", "c", "d"}).Draw(t, "service")}
+	source := federation.SourceID(rapid.SampledFrom([]string{"kube:east", "kube:west"}).Draw(t, "source"))
+	what := rapid.SampledFrom([]string{"make", "remove", "health", "health", "account", "hide", "headless", "address"}).Draw(t, "change")
+	records := map[federation.ServiceName][]*federation.Record{}
+	var old *federation.Record
+	for k, list := range w.Records {
+		for _, r := range list {
+			if k == name && r.Source == source {
+				old = r
+				continue
+			}
+			records[k] = append(records[k], r)
+		}
+	}
+	if old == nil || what == "make" {
+		network, ip := federation.Network("n1"), "10.1.0."
+		if source == "kube:west" {
+			network, ip = "n2", "10.2.0."
+		}
+		old = &federation.Record{Source: source, Name: name, Type: federation.ClusterIP, Ports: http80, Created: time.Unix(1, 0)}
+		old.ClusterIPs = []netip.Addr{netip.MustParseAddr("10.96.0." + fmt.Sprint(rapid.IntRange(1, 3).Draw(t, "ip")))}
+		for i := range rapid.IntRange(0, 3).Draw(t, "endpoints") {
+			old.Endpoints = append(old.Endpoints, federation.Endpoint{
+				Workload: fmt.Sprint(i), UID: fmt.Sprint(name.Name, i), Addresses: []netip.Addr{netip.MustParseAddr(ip + fmt.Sprint(i+2))},
+				TargetPorts: map[uint32]uint32{80: 8080}, Health: federation.Ready, Network: network, ServiceAccount: "x", Mesh: true,
+			})
+		}
+	}
+	changed := *old
+	changed.Endpoints = slices.Clone(old.Endpoints)
+	for i := range changed.Endpoints[:min(1, len(changed.Endpoints))] {
+		switch what {
+		case "health":
+			changed.Endpoints[i].Health = rapid.SampledFrom([]federation.Health{federation.Ready, federation.NotReady, federation.Terminating}).Draw(t, "health")
+		case "account":
+			changed.Endpoints[i].ServiceAccount = rapid.SampledFrom([]string{"x", "y"}).Draw(t, "account")
+		}
+	}
+	switch what {
+	case "hide":
+		changed.ExportTo = rapid.SampledFrom([][]string{nil, {"."}}).Draw(t, "export")
+	case "headless":
+		changed.Type, changed.ClusterIPs = federation.Headless, nil
+	case "address":
+		changed.ClusterIPs = []netip.Addr{netip.MustParseAddr("10.96.1.1")}
+	}
+	if what != "remove" {
+		records[name] = append(records[name], &changed)
+		slices.SortFunc(records[name], func(a, b *federation.Record) int { return strings.Compare(string(a.Source), string(b.Source)) })
+	}
+	w.Records = records
+	return what
 }
 
 func BenchmarkBuild(b *testing.B) {

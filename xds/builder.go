@@ -25,10 +25,11 @@ type Builder struct {
 	// LogFormat of access logs; empty means AccessLogFormat.
 	LogFormat string
 
-	view  *federation.View // what the following was made for
-	index *config.Index
-	ports map[federation.WorkloadKey][]inboundPort
-	parts map[partKey]*built
+	view    *federation.View // what the following was made for
+	index   *config.Index
+	ports   map[federation.WorkloadKey][]inboundPort
+	parts   map[partKey]*built
+	classes map[Class]*whole
 }
 
 // partKey is all that the part of a service without a VirtualService depends on, beside
@@ -47,15 +48,23 @@ func (b *Builder) move(view *federation.View, index *config.Index) {
 	}
 	switch {
 	case b.parts == nil, b.index != index, !view.SameRoads(b.view), b.view != nil && b.view.Scope != view.Scope:
-		b.parts = map[partKey]*built{}
+		b.parts, b.classes = map[partKey]*built{}, map[Class]*whole{}
 	default:
 		for key := range b.parts {
 			if s, ok := view.Service(key.service.Name); !ok || s != key.service {
 				delete(b.parts, key)
 			}
 		}
+		for class, w := range b.classes {
+			if w.view != b.view {
+				delete(b.classes, class) // nobody is of this class any more
+			}
+		}
 	}
-	b.view, b.index, b.ports = view, index, nil
+	if b.view == nil || !samePorts(b.view, view) {
+		b.ports = nil
+	}
+	b.view, b.index = view, index
 }
 
 // Class is the class of a proxy in a view.
@@ -77,24 +86,18 @@ func (b *Builder) BuildClass(view *federation.View, index *config.Index, class C
 	b.move(view, index)
 	job := newBuild(view, index, class)
 	job.weigh, job.closed, job.logFormat = b.Weigh, b.Closed, b.LogFormat
-	frame := job.frame()
-	parts := []*built{&frame}
-	var seen []*federation.Service
-	for _, s := range view.Services {
-		if job.visible(s) {
-			seen = append(seen, s)
-			parts = append(parts, b.part(job, s))
-		}
-	}
-	table := job.nameTable(seen)
-	return gather(append(parts, &table))
+	w := job.whole(b.classes[class], b.part)
+	b.classes[class] = w
+	return w.resources, w.findings
 }
 
 // part makes or remembers what one service needs. Routes of a VirtualService depend on
 // other services too, so they are always made again.
 func (b *Builder) part(job *build, s *federation.Service) *built {
 	if job.routed(s) {
-		return job.guarded(s)
+		made := job.guarded(s)
+		made.routed = true
+		return made
 	}
 	rule, _ := job.destinationRule(s)
 	key := partKey{service: s, rule: rule, trustDomain: job.class.TrustDomain, families: job.class.families()}
@@ -135,5 +138,8 @@ func (b *Builder) Forget(names ...federation.ServiceName) {
 		if forget[key.service.Name] {
 			delete(b.parts, key)
 		}
+	}
+	for _, w := range b.classes {
+		w.forget(forget)
 	}
 }

@@ -29,6 +29,9 @@ type built struct {
 	// pods are the listeners of headless pods. They yield to those of services: whoever
 	// may write an endpoint could otherwise put a listener on somebody else's address.
 	pods []Resource
+
+	// routed tells that it depends on other services too.
+	routed bool
 }
 
 // put adds a resource, or the finding that it cannot be built.

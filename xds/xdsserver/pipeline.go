@@ -458,6 +458,9 @@ func equalLists(a, b []xds.Resource) bool {
 	if len(a) != len(b) || a == nil != (b == nil) {
 		return false
 	}
+	if sameList(a, b) {
+		return true
+	}
 	for i := range a {
 		if a[i].Name != b[i].Name || a[i].Version != b[i].Version {
 			return false
