@@ -20,7 +20,7 @@ import (
 type guard struct {
 	name string // as in the tables of attack classes and of SPIFFE's rules
 	test string // -test.run
-	file string // below ca/
+	file string // from ca/
 	from string // occurs exactly once
 	to   string // off is true where the guard is switched off
 }
@@ -60,6 +60,7 @@ var guards = []guard{
 	{"A38", "TestAttackA38", "sign.go", "0.1*jitter", "0.1*jitter*map[bool]float64{false: 1, true: 0}[off]"},
 	{"A39", "TestAttackA39", "prepare.go", "from = now.Add(-c.Backdate)", "from = now.Add(-c.Backdate * map[bool]time.Duration{false: 1, true: 0}[off])"},
 	{"A39-end", "TestAttackA39", "attest/kubernetes.go", "case now.After(c.Expiry.Time().Add(leeway)):", "case now.After(c.Expiry.Time().Add(leeway)) && !off:"},
+	{"A39-agent", "TestAttackA39NotYet", "../agent/identity/keeper.go", "if present == nil || !present.ValidAt(k.clock()) {", "if off || present == nil || !present.ValidAt(k.clock()) {"},
 
 	{"ID-4", "TestSpiffeID/ID-4", "identity.go", "	if len(name) > maxTrustDomain {", "	if len(name) > maxTrustDomain && !off {"},
 	{"ID-5", "TestSpiffeID/ID-5", "identity.go", "	if len(s) > maxID {", "	if len(s) > maxID && !off {"},
@@ -83,7 +84,7 @@ var guards = []guard{
 }
 
 // guardRooms are the packages that have guards, and the tests that miss them.
-var guardRooms = []string{".", "attest", "caserver", "etcd"}
+var guardRooms = []string{".", "attest", "caserver", "etcd", "../agent/identity"}
 
 var offWord = regexp.MustCompile(`\boff\b`)
 

@@ -313,10 +313,39 @@ func (k *Keeper) issue(ctx context.Context, key crypto.Signer, current *Certific
 		return err
 	}
 	cert.Obtained = k.clock()
+	if !k.mature(ctx, cert) {
+		return ctx.Err()
+	}
 	k.keep(cert)
 	k.set(cert)
 	k.Log.Info("certificate obtained", "id", cert.URI(), "serial", cert.Leaf.SerialNumber.Text(16), "expires", cert.Leaf.NotAfter)
 	return nil
+}
+
+// mature keeps the present certificate in use, as long as it lives, while the
+// new one is not valid yet by the clock here: peers with a clock like it would
+// refuse the new one. It returns false if ctx ended first.
+func (k *Keeper) mature(ctx context.Context, cert *Certificate) bool {
+	present := k.peek()
+	if present == nil || !present.ValidAt(k.clock()) {
+		return true // late is better than none
+	}
+	until := cert.Leaf.NotBefore
+	if present.Leaf.NotAfter.Before(until) {
+		until = present.Leaf.NotAfter
+	}
+	if d := until.Sub(k.clock()); d > 0 {
+		k.Log.Warn("the new certificate is not valid yet: this clock is late, or meshd's is early; the present one stays",
+			"valid_in", d, "present_expires", present.Leaf.NotAfter)
+	}
+	for d := until.Sub(k.clock()); d > 0; d = until.Sub(k.clock()) {
+		select {
+		case <-ctx.Done():
+			return false
+		case <-time.After(min(d, longestSleep)):
+		}
+	}
+	return true
 }
 
 // keep writes to disk. A full disk must not take a running workload down, so

@@ -37,6 +37,7 @@ type authority struct {
 	keys     []string       // public keys asked for
 	with     []*Certificate // credentials shown, nil for the token
 	lifetime time.Duration
+	early    time.Duration // how much its clock is early
 }
 
 func newAuthority(t *testing.T) *authority {
@@ -94,7 +95,7 @@ func (a *authority) sign(public any) ([]string, error) {
 	a.serial++
 	id, _ := url.Parse("spiffe://cluster.local/ns/shop/sa/web")
 	template := &x509.Certificate{
-		SerialNumber: big.NewInt(a.serial), URIs: []*url.URL{id}, NotBefore: time.Now().Add(-time.Minute), NotAfter: time.Now().Add(a.lifetime),
+		SerialNumber: big.NewInt(a.serial), URIs: []*url.URL{id}, NotBefore: time.Now().Add(a.early - time.Minute), NotAfter: time.Now().Add(a.early + a.lifetime),
 		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, a.root, public, a.key)
@@ -390,6 +391,45 @@ func FuzzAssemble(f *testing.F) {
 	f.Fuzz(func(t *testing.T, leaf, root string) {
 		if cert, err := assemble(key, []string{leaf, root}); err == nil && cert.URI() == "" {
 			t.Fatal("accepted a certificate without name")
+		}
+	})
+}
+
+// A39: a certificate from an authority whose clock is early is not shown to peers before they would believe it,
+// while there is one that they do believe.
+func TestAttackA39NotYetValid(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		a := newAuthority(t)
+		k := &Keeper{Issuer: a, Jitter: func() float64 { return 0.5 }}
+		keep(t, k)
+		synctest.Wait()
+		first := serial(t, k)
+		a.mu.Lock()
+		a.early = 6 * time.Minute
+		a.mu.Unlock()
+		time.Sleep(34 * time.Minute) // renewed at 30, valid from 35
+		synctest.Wait()
+		if got := serial(t, k); got != first {
+			t.Errorf("serial %d before it is valid, want %d", got, first)
+		}
+		time.Sleep(2 * time.Minute)
+		synctest.Wait()
+		if got := serial(t, k); got != first+1 {
+			t.Errorf("serial %d once it is valid, want %d", got, first+1)
+		}
+		// When the present one ends first, the new one is the better of two that are refused.
+		a.mu.Lock()
+		a.early = 5 * time.Hour
+		a.mu.Unlock()
+		cert, err := k.Current()
+		if err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Until(cert.Leaf.NotAfter) + time.Second)
+		synctest.Wait()
+		if got := serial(t, k); got != first+2 {
+			t.Errorf("serial %d after the present one ended, want %d", got, first+2)
 		}
 	})
 }
