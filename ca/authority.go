@@ -43,6 +43,9 @@ type Config struct {
 	Sealer Sealer
 	// Keys is where private keys live; SealedKeys with the Sealer if nil.
 	Keys Keys
+	// Root is an authority that was brought along, to begin with instead of a self-made root. If the state has
+	// one already it must be the same.
+	Root *Brought
 	// Audit takes one line for every issuance and refusal. Required.
 	Audit Audit
 	// Grants decides which source may host which identity. Nil grants nothing to anybody but meshd.
@@ -151,6 +154,8 @@ type Authority struct {
 	view      atomic.Pointer[view]
 	confirmed atomic.Int64 // when the state was last read whole, in Unix nanoseconds
 
+	verified verified // chains of peers that are connected
+
 	mu    sync.Mutex           // held while the view is replaced, or a record written
 	tried map[string]time.Time // when a successor was last attempted, by scope
 
@@ -163,8 +168,9 @@ type view struct {
 	scopes      map[string]scope
 	bundle      Bundle
 	pool        *x509.CertPool
-	revocations map[string]Revocation // by key in the state
-	versions    map[string]Version    // of the revocations
+	above       map[string][]*x509.Certificate // by the ID of a root's issuer; see issuerRecord.path
+	revocations map[string]Revocation          // by key in the state
+	versions    map[string]Version             // of the revocations
 }
 
 // scope is the decoded record of one scope.
@@ -213,6 +219,16 @@ func (a *Authority) checkRoot() error {
 	if root.issuer == nil {
 		return fmt.Errorf("%s: no active root", recordKey(ScopeRoot))
 	}
+	if b := a.cfg.Root; b != nil && !b.is(root.record.Issuers[root.record.active()]) {
+		return fmt.Errorf("%w: this mesh has another authority, %s, and the one that was brought along is %s; leave it out, or begin with an empty store",
+			ErrBrought, root.issuer.id, authorityID(b.Certificate))
+	}
+	if root.record.Domain != "" {
+		if root.record.Domain != a.cfg.TrustDomain.Name() {
+			return fmt.Errorf("the root in the state is that of %q, this replica is configured for %q", root.record.Domain, a.cfg.TrustDomain)
+		}
+		return nil
+	}
 	want := "spiffe://" + a.cfg.TrustDomain.Name()
 	names, err := altNames(root.issuer.cert.Extensions)
 	if ids := uris(names); err != nil || len(ids) != 1 || ids[0] != want {
@@ -236,7 +252,25 @@ func (a *Authority) Changed() <-chan struct{} {
 
 // Verify is VerifyChain against the current bundle.
 func (a *Authority) Verify(chain []*x509.Certificate) (Identity, error) {
-	return VerifyChain(a.cfg.TrustDomain, a.view.Load().pool, a.cfg.Clock(), chain)
+	now, roots := a.cfg.Clock(), a.view.Load().pool
+	if identity, ok := a.verified.get(roots, chain, now); ok {
+		return identity, nil
+	}
+	identity, path, err := verifyChain(a.cfg.TrustDomain, roots, now, chain)
+	if err != nil {
+		return Identity{}, err
+	}
+	from, to := path[0].NotBefore, path[0].NotAfter
+	for _, cert := range path[1:] {
+		if cert.NotBefore.After(from) {
+			from = cert.NotBefore
+		}
+		if cert.NotAfter.Before(to) {
+			to = cert.NotAfter
+		}
+	}
+	a.verified.put(roots, chain, identity, from, to)
+	return identity, nil
 }
 
 // Issuer describes an issuer for status reports.

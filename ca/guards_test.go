@@ -79,6 +79,8 @@ var guards = []guard{
 	{"X-11", "TestSpiffeX509/X-11", "verify.go", "CurrentTime: now,", "CurrentTime: map[bool]time.Time{false: now, true: leaf.NotBefore.Add(time.Second)}[off],"},
 	{"X-10-constraint", "TestSpiffeX509/intermediate_of_a_wider", "verify.go", "[]string{td.Name()}) || !issuer.PermittedDNSDomainsCritical {", "[]string{td.Name()}) && !off || !issuer.PermittedDNSDomainsCritical {"},
 	// Two guards stand behind each other here, and both have to go.
+	{"X-11-once", "TestVerifiedOnce", "verified.go", "!ok || now.Before(c.from) || now.After(c.to) ||", "!ok || !off && (now.Before(c.from) || now.After(c.to)) ||"},
+	{"X-11-chain", "TestVerifiedOnce", "verified.go", "!slices.Equal(c.above, pointers(chain[1:]))", "!off && !slices.Equal(c.above, pointers(chain[1:]))"},
 	{"X-12", "TestSpiffeX509/X-12", "verify.go", "if !id.MemberOf(td) {", "if !id.MemberOf(td) && !off {"},
 	{"X-12", "TestSpiffeX509/X-12", "verify.go", "if !slices.Equal(issuer.PermittedURIDomains, ", "if !off && !slices.Equal(issuer.PermittedURIDomains, "},
 }

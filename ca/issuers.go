@@ -19,9 +19,31 @@ func (a *Authority) makeRoot(ctx context.Context) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	now := a.cfg.Clock()
-	signer, stored, err := a.cfg.Keys.Generate(ctx, recordKey(ScopeRoot))
+	r, why, err := a.firstRoot(ctx, now)
 	if err != nil {
 		return err
+	}
+	err = a.writeLocked(ctx, r, 0, why)
+	if err != nil && !errors.Is(err, ErrExists) {
+		return err
+	}
+	return a.refreshLocked(ctx)
+}
+
+// firstRoot is the record of the root that was brought along, or of one that is made now.
+func (a *Authority) firstRoot(ctx context.Context, now time.Time) (r record, why string, err error) {
+	r = record{Scope: ScopeRoot, Epoch: 1, Sequence: sequenceFloor(now)}
+	if b := a.cfg.Root; b != nil {
+		if err := b.try(a.cfg, now); err != nil {
+			return r, "", err
+		}
+		i, err := b.record(ctx, a.cfg.Keys, now)
+		r.Issuers, r.Domain = []issuerRecord{i}, a.cfg.TrustDomain.Name()
+		return r, "root brought along", err
+	}
+	signer, stored, err := a.cfg.Keys.Generate(ctx, recordKey(ScopeRoot))
+	if err != nil {
+		return r, "", err
 	}
 	template := rootTemplate(a.cfg.TrustDomain, newSerial(), now.Add(-a.cfg.Backdate), now.Add(a.cfg.RootLifetime))
 	cert, err := signAuthority(template, nil, signer.Public(), signer)
@@ -29,17 +51,10 @@ func (a *Authority) makeRoot(ctx context.Context) error {
 		err = lintAuthority(a.cfg.TrustDomain, cert, cert, "")
 	}
 	if err != nil {
-		return fmt.Errorf("root of %s: %w", a.cfg.TrustDomain, err)
+		return r, "", fmt.Errorf("root of %s: %w", a.cfg.TrustDomain, err)
 	}
-	r := record{
-		Scope: ScopeRoot, Epoch: 1, Sequence: sequenceFloor(now),
-		Issuers: []issuerRecord{{ID: authorityID(cert), Phase: PhaseActive, Epoch: 1, Since: now.UTC(), Certificate: cert.Raw, Key: stored}},
-	}
-	err = a.writeLocked(ctx, r, 0, "root made")
-	if err != nil && !errors.Is(err, ErrExists) {
-		return err
-	}
-	return a.refreshLocked(ctx)
+	r.Issuers = []issuerRecord{{ID: authorityID(cert), Phase: PhaseActive, Epoch: 1, Since: now.UTC(), Certificate: cert.Raw, Key: stored}}
+	return r, "root made", nil
 }
 
 // sequenceFloor makes sequences rise also after a backup was restored that knows nothing of the last ones.

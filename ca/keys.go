@@ -18,6 +18,8 @@ type Keys interface {
 	// Generate makes a P-256 key for an authority of that name. The bytes are stored in the authority's
 	// record and later given to Signer; they must be of no use to a reader of the record.
 	Generate(ctx context.Context, name string) (crypto.Signer, []byte, error)
+	// Import keeps a key that was made elsewhere, ECDSA or RSA, as Generate keeps its own.
+	Import(ctx context.Context, name string, key crypto.Signer) ([]byte, error)
 	// Signer gives the key back. Errors wrap ErrSealed or ErrCorrupt where that is the reason.
 	Signer(ctx context.Context, name string, stored []byte) (crypto.Signer, error)
 }
@@ -33,15 +35,25 @@ func (k SealedKeys) Generate(_ context.Context, name string) (crypto.Signer, []b
 	if err != nil {
 		return nil, nil, fmt.Errorf("key of %s: %w", name, err)
 	}
+	sealed, err := k.seal(name, key)
+	return key, sealed, err
+}
+
+// Import implements Keys.
+func (k SealedKeys) Import(_ context.Context, name string, key crypto.Signer) ([]byte, error) {
+	return k.seal(name, key)
+}
+
+func (k SealedKeys) seal(name string, key crypto.Signer) ([]byte, error) {
 	der, err := x509.MarshalPKCS8PrivateKey(key)
 	if err != nil {
-		return nil, nil, fmt.Errorf("key of %s: %w", name, err)
+		return nil, fmt.Errorf("key of %s: %w", name, err)
 	}
 	sealed, err := k.Sealer.Seal(sealedKeyName(name), der)
 	if err != nil {
-		return nil, nil, fmt.Errorf("key of %s: %w", name, err)
+		return nil, fmt.Errorf("key of %s: %w", name, err)
 	}
-	return key, sealed, nil
+	return sealed, nil
 }
 
 // Signer implements Keys.
@@ -54,9 +66,9 @@ func (k SealedKeys) Signer(_ context.Context, name string, stored []byte) (crypt
 	if err != nil {
 		return nil, fmt.Errorf("key of %s: %w", name, ErrCorrupt)
 	}
-	key, ok := parsed.(*ecdsa.PrivateKey)
-	if !ok {
-		return nil, fmt.Errorf("key of %s: %w: want ECDSA", name, ErrCorrupt)
+	key, ok := parsed.(crypto.Signer)
+	if !ok || checkAuthorityKey(key.Public()) != nil {
+		return nil, fmt.Errorf("key of %s: %w: want ECDSA or RSA", name, ErrCorrupt)
 	}
 	return key, nil
 }

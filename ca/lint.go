@@ -4,6 +4,7 @@ package ca
 
 import (
 	"bytes"
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -192,21 +193,25 @@ func lintChain(cfg Config, now time.Time) error {
 
 // lintFoundry makes chains that nobody will ever see.
 type lintFoundry struct {
-	cfg                Config
-	now, from, to      time.Time
-	rootKey, issuerKey *ecdsa.PrivateKey
-	root               *x509.Certificate
+	cfg           Config
+	now, from, to time.Time
+	rootKey       crypto.Signer
+	issuerKey     *ecdsa.PrivateKey
+	root          *x509.Certificate
+	pool          *x509.CertPool      // what is trusted
+	above         []*x509.Certificate // presented after the intermediate
 }
 
 func newLintFoundry(cfg Config, now time.Time) (lintFoundry, error) {
 	f := lintFoundry{cfg: cfg, now: now, from: now.Add(-cfg.Backdate), to: now.Add(time.Hour), rootKey: lintKey(), issuerKey: lintKey()}
 	template := rootTemplate(cfg.TrustDomain, newSerial(), f.from, f.to)
 	root, err := signAuthority(template, nil, f.rootKey.Public(), f.rootKey)
-	f.root = root
-	if err == nil {
-		err = lintAuthority(cfg.TrustDomain, root, root, "")
+	if err != nil {
+		return f, err
 	}
-	return f, err
+	f.root, f.pool = root, x509.NewCertPool()
+	f.pool.AddCert(root)
+	return f, lintAuthority(cfg.TrustDomain, root, root, "")
 }
 
 // leaf makes and checks one leaf, whose template change may spoil, and its intermediate.
@@ -235,9 +240,7 @@ func (f lintFoundry) leaf(plan leafPlan, change func(*x509.Certificate)) error {
 	if err != nil {
 		return err
 	}
-	pool := x509.NewCertPool()
-	pool.AddCert(f.root)
-	_, err = VerifyChain(td, pool, f.now, []*x509.Certificate{leaf, issuer})
+	_, err = VerifyChain(td, f.pool, f.now, append([]*x509.Certificate{leaf, issuer}, f.above...))
 	return err
 }
 

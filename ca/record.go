@@ -5,8 +5,10 @@ package ca
 import (
 	"crypto/x509"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
+	"slices"
 	"time"
 )
 
@@ -60,8 +62,9 @@ type envelope struct {
 // of the bundle moves with its content.
 type record struct {
 	Scope    string         `json:"scope"`
-	Epoch    int64          `json:"epoch"`    // rises with every change of this record
-	Sequence uint64         `json:"sequence"` // of the bundle; 0 but in the root's record
+	Epoch    int64          `json:"epoch"`                  // rises with every change of this record
+	Sequence uint64         `json:"sequence"`               // of the bundle; 0 but in the root's record
+	Domain   string         `json:"trust_domain,omitempty"` // in the root's record, of an authority whose certificate does not say
 	Issuers  []issuerRecord `json:"issuers"`
 
 	raw json.RawMessage // as read, for the fields this release does not know
@@ -74,6 +77,11 @@ type issuerRecord struct {
 	Since       time.Time `json:"since"` // when it entered this phase
 	Certificate []byte    `json:"certificate"`
 	Key         []byte    `json:"key"` // whatever Keys stores; empty once destroyed
+
+	// Of an authority that was brought along: the roots to trust instead of the certificate, and the authorities
+	// between the two, the one that signed the certificate first.
+	Anchors [][]byte `json:"anchors,omitempty"`
+	Between [][]byte `json:"between,omitempty"`
 
 	raw json.RawMessage
 }
@@ -147,6 +155,28 @@ func (r record) active() int {
 	return -1
 }
 
+// path is the roots to trust for an issuer of the root's record, and what lies between them and the issuers below
+// it: nothing, if it is a root itself. The record has passed check.
+func (i issuerRecord) path() (roots, above []*x509.Certificate, err error) {
+	parse := func(ders [][]byte) (out []*x509.Certificate) {
+		for _, der := range ders {
+			cert, parseErr := x509.ParseCertificate(der)
+			err = errors.Join(err, parseErr)
+			out = append(out, cert)
+		}
+		return out
+	}
+	own := parse([][]byte{i.Certificate})
+	if len(i.Anchors) == 0 {
+		return own, nil, err
+	}
+	b := Brought{Certificate: own[0], Between: parse(i.Between), Roots: parse(i.Anchors)}
+	if err != nil {
+		return nil, nil, err
+	}
+	return b.Roots, b.above(), nil
+}
+
 // encodeRecord seals the record for its key.
 func encodeRecord(r record, sealer Sealer) ([]byte, error) {
 	return encodeSealed(recordKey(r.Scope), r, sealer)
@@ -210,6 +240,11 @@ func (r record) check() error {
 		}
 		if authorityID(cert) != i.ID {
 			return fmt.Errorf("%s: issuer %s: %w: its certificate is that of %s", recordKey(r.Scope), i.ID, ErrCorrupt, authorityID(cert))
+		}
+		for _, der := range slices.Concat(i.Anchors, i.Between) {
+			if _, err := x509.ParseCertificate(der); err != nil {
+				return fmt.Errorf("%s: chain of issuer %s: %w: %v", recordKey(r.Scope), i.ID, ErrCorrupt, err)
+			}
 		}
 		if i.Phase == PhaseActive {
 			active++

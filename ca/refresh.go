@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"slices"
 )
 
 // refresh reads the whole state and replaces the view. A record that cannot be read keeps its last good form,
@@ -56,6 +57,9 @@ func (a *Authority) refreshLocked(ctx context.Context) error {
 	a.readRevocations(old, next, revoked)
 	if err := next.fillBundle(a.cfg); err != nil {
 		return err
+	}
+	if slices.EqualFunc(old.bundle.Roots, next.bundle.Roots, (*x509.Certificate).Equal) && old.pool != nil {
+		next.pool = old.pool // what was verified against it still is
 	}
 	a.confirmed.Store(now.UnixNano())
 	a.publishLocked(old, next)
@@ -149,15 +153,18 @@ func (a *Authority) readRevocations(old, next *view, entries []Entry) {
 func (v *view) fillBundle(cfg Config) error {
 	root := v.scopes[ScopeRoot]
 	v.bundle = Bundle{TrustDomain: cfg.TrustDomain, Sequence: root.record.Sequence}
+	v.above = make(map[string][]*x509.Certificate)
 	for _, i := range root.record.Issuers {
-		if !i.Phase.trusted() {
-			continue
-		}
-		cert, err := x509.ParseCertificate(i.Certificate)
+		roots, above, err := i.path()
 		if err != nil {
 			return fmt.Errorf("%s: %w: %v", recordKey(ScopeRoot), ErrCorrupt, err)
 		}
-		v.bundle.Roots = append(v.bundle.Roots, cert)
+		v.above[i.ID] = above
+		for _, cert := range roots {
+			if i.Phase.trusted() && !slices.ContainsFunc(v.bundle.Roots, cert.Equal) {
+				v.bundle.Roots = append(v.bundle.Roots, cert)
+			}
+		}
 	}
 	v.pool = v.bundle.Pool()
 	if root.version != 0 && len(v.bundle.Roots) == 0 {

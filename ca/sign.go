@@ -8,6 +8,7 @@ import (
 	"crypto/rsa"
 	"crypto/x509"
 	"encoding/binary"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"time"
@@ -17,20 +18,40 @@ import (
 type Issued struct {
 	Leaf         *x509.Certificate
 	Intermediate *x509.Certificate
+	Above        []*x509.Certificate // between intermediate and root, where the authority was brought along
 	Roots        []*x509.Certificate // the active one last
 }
 
-// PEM is the leaf, the intermediate, and the root that signed it, one certificate each.
-func (i Issued) PEM() []string {
-	return []string{
-		string(certificatePEM(i.Leaf)), string(certificatePEM(i.Intermediate)),
-		string(certificatePEM(i.Roots[len(i.Roots)-1])),
-	}
+// Chain is what a TLS peer presents: the leaf, the intermediate, and what is above that and below the root.
+func (i Issued) Chain() []*x509.Certificate {
+	return append([]*x509.Certificate{i.Leaf, i.Intermediate}, i.Above...)
 }
 
-// ChainPEM is what a TLS peer presents: the leaf and the intermediate.
+// ChainDER is Chain as crypto/tls wants it.
+func (i Issued) ChainDER() [][]byte {
+	var out [][]byte
+	for _, cert := range i.Chain() {
+		out = append(out, cert.Raw)
+	}
+	return out
+}
+
+// PEM is the chain, and the root that it leads to, one certificate each.
+func (i Issued) PEM() []string {
+	var out []string
+	for _, cert := range append(i.Chain(), i.Roots[len(i.Roots)-1]) {
+		out = append(out, string(certificatePEM(cert)))
+	}
+	return out
+}
+
+// ChainPEM is Chain as a file.
 func (i Issued) ChainPEM() []byte {
-	return append(certificatePEM(i.Leaf), certificatePEM(i.Intermediate)...)
+	var out []byte
+	for _, cert := range i.Chain() {
+		out = append(out, certificatePEM(cert)...)
+	}
+	return out
 }
 
 // Sign signs what was prepared, and nothing else. The certificate is in the audit log before it is returned;
@@ -69,14 +90,20 @@ func (a *Authority) Sign(_ context.Context, token Prepared) (Issued, error) {
 	if err := a.cfg.Audit.Append(entry); err != nil {
 		return Issued{}, err
 	}
-	return Issued{Leaf: leaf, Intermediate: p.issuer.cert, Roots: a.rootsActiveLast(p.issuer)}, nil
+	v := a.view.Load()
+	above := v.above[hex.EncodeToString(p.issuer.cert.AuthorityKeyId)]
+	return Issued{Leaf: leaf, Intermediate: p.issuer.cert, Above: above, Roots: v.rootsActiveLast(p.issuer.cert, above)}, nil
 }
 
-// rootsActiveLast orders the bundle so that the root which signed the issuer comes last.
-func (a *Authority) rootsActiveLast(i *issuer) []*x509.Certificate {
+// rootsActiveLast orders the bundle so that the root to which the issuer leads comes last.
+func (v *view) rootsActiveLast(issuer *x509.Certificate, above []*x509.Certificate) []*x509.Certificate {
+	top := issuer
+	if len(above) > 0 {
+		top = above[len(above)-1]
+	}
 	var others, own []*x509.Certificate
-	for _, root := range a.Bundle().Roots {
-		if bytes.Equal(i.cert.AuthorityKeyId, root.SubjectKeyId) {
+	for _, root := range v.bundle.Roots {
+		if bytes.Equal(top.AuthorityKeyId, root.SubjectKeyId) {
 			own = append(own, root)
 		} else {
 			others = append(others, root)

@@ -19,23 +19,30 @@ const (
 )
 
 // VerifyChain tells who the holder of a chain is. The leaf comes first; the root may be missing. It applies
-// path validation with the domain's own roots, the leaf rules of X509-SVID, and the house's own: exactly one
-// intermediate, and the source in the leaf is the one in the intermediate. Errors wrap ErrUntrusted.
+// path validation with the domain's own roots, the leaf rules of X509-SVID, and the house's own: what signed the
+// leaf is an intermediate of a source, below which there is no authority, and the source in the leaf is the one
+// in the intermediate. Errors wrap ErrUntrusted.
 //
 // It says nothing about revocation; see [Authority.Revoked].
 func VerifyChain(td spiffeid.TrustDomain, roots *x509.CertPool, now time.Time, chain []*x509.Certificate) (Identity, error) {
+	identity, _, err := verifyChain(td, roots, now, chain)
+	return identity, err
+}
+
+// verifyChain also gives the path to the root.
+func verifyChain(td spiffeid.TrustDomain, roots *x509.CertPool, now time.Time, chain []*x509.Certificate) (Identity, []*x509.Certificate, error) {
 	if len(chain) == 0 || len(chain) > maxChain {
-		return Identity{}, fmt.Errorf("%w: chain of %d certificates; want 2 to %d", ErrUntrusted, len(chain), maxChain)
+		return Identity{}, nil, fmt.Errorf("%w: chain of %d certificates; want 2 to %d", ErrUntrusted, len(chain), maxChain)
 	}
 	for i, cert := range chain {
 		if len(cert.Raw) > maxCertificate {
-			return Identity{}, fmt.Errorf("%w: certificate %d has %d bytes, at most %d", ErrUntrusted, i, len(cert.Raw), maxCertificate)
+			return Identity{}, nil, fmt.Errorf("%w: certificate %d has %d bytes, at most %d", ErrUntrusted, i, len(cert.Raw), maxCertificate)
 		}
 	}
 	leaf := chain[0]
 	identity, err := checkLeaf(td, leaf)
 	if err != nil {
-		return Identity{}, fmt.Errorf("%w: %w", ErrUntrusted, err)
+		return Identity{}, nil, fmt.Errorf("%w: %w", ErrUntrusted, err)
 	}
 	between := x509.NewCertPool()
 	for _, cert := range chain[1:] {
@@ -47,19 +54,19 @@ func VerifyChain(td spiffeid.TrustDomain, roots *x509.CertPool, now time.Time, c
 		KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
 	})
 	if err != nil {
-		return Identity{}, fmt.Errorf("%w: %w", ErrUntrusted, err)
+		return Identity{}, nil, fmt.Errorf("%w: %w", ErrUntrusted, err)
 	}
 	for _, path := range paths {
-		if len(path) != 3 {
+		if len(path) < 3 {
 			err = fmt.Errorf("path of %d certificates; want leaf, intermediate, root", len(path))
 			continue
 		}
 		if err = checkIssuer(td, path[1], identity.Source); err == nil {
 			identity.Authority = authorityID(path[1])
-			return identity, nil
+			return identity, path, nil
 		}
 	}
-	return Identity{}, fmt.Errorf("%w: %w", ErrUntrusted, err)
+	return Identity{}, nil, fmt.Errorf("%w: %w", ErrUntrusted, err)
 }
 
 // checkLeaf applies the leaf rules, each named in the error as in the specification's checklist.

@@ -213,3 +213,36 @@ func TestVerifySigners(t *testing.T) {
 		t.Errorf("with its root: %v", err)
 	}
 }
+
+// What was verified once is not believed for ever: its time passes, its roots may change, and a leaf says nothing
+// about who presents it with other certificates.
+func TestVerifiedOnce(t *testing.T) {
+	t.Parallel()
+	clock := catest.NewClock()
+	c := catest.New(t, func(cfg *ca.Config) { cfg.Clock = clock.Now })
+	links := chain(t, c.Leaf(t, catest.Subject("kube:c1", "pod-1", "shop")))
+	for range 3 {
+		if id, err := c.Verify(links); err != nil || id.Instance != "pod-1" {
+			t.Fatalf("Verify = %+v, %v", id, err)
+		}
+	}
+	for name, other := range map[string][]*x509.Certificate{"the leaf alone": links[:1], "with another intermediate": {links[0], c.Bundle().Roots[0]}} {
+		if id, err := c.Verify(other); !errors.Is(err, ca.ErrUntrusted) {
+			t.Errorf("%s: %+v, %v; want ErrUntrusted", name, id, err)
+		}
+	}
+	if err := c.RaiseSequence(t.Context()); err != nil { // the view is replaced, the roots are the same
+		t.Fatal(err)
+	}
+	if _, err := c.Verify(links); err != nil {
+		t.Error(err)
+	}
+	clock.Advance(-2 * time.Minute)
+	if id, err := c.Verify(links); !errors.Is(err, ca.ErrUntrusted) {
+		t.Errorf("before it begins: %+v, %v; want ErrUntrusted", id, err)
+	}
+	clock.Advance(26 * time.Hour)
+	if id, err := c.Verify(links); !errors.Is(err, ca.ErrUntrusted) {
+		t.Errorf("after its end: %+v, %v; want ErrUntrusted", id, err)
+	}
+}

@@ -45,6 +45,7 @@ type service struct {
 	jwks       atomic.Pointer[string] // what is read for those of both clusters instead
 	address    string
 	rpc        *grpc.Server
+	server     *caserver.Server
 }
 
 // Keys implements attest.Clusters.
@@ -94,12 +95,12 @@ func (o *onceTokens) Spend(_ context.Context, token string) error {
 	return nil
 }
 
-func start(t *testing.T, options ...func(*ca.Config)) *service {
+func start(t testing.TB, options ...func(*ca.Config)) *service {
 	t.Helper()
 	return startLogging(t, slog.New(slog.DiscardHandler), options...)
 }
 
-func startLogging(t *testing.T, log *slog.Logger, options ...func(*ca.Config)) *service {
+func startLogging(t testing.TB, log *slog.Logger, options ...func(*ca.Config)) *service {
 	t.Helper()
 	s := &service{east: catest.NewCluster(t, "east-uid"), west: catest.NewCluster(t, "west-uid"), tokens: new(onceTokens)}
 	s.CA = catest.New(t, append([]func(*ca.Config){func(c *ca.Config) { c.Grants = s }}, options...)...)
@@ -126,6 +127,7 @@ func startLogging(t *testing.T, log *slog.Logger, options ...func(*ca.Config)) *
 	}
 	s.address = listener.Addr().String()
 	s.rpc = grpc.NewServer(grpc.Creds(credentials.NewTLS(serving.TLS())))
+	s.server = server
 	server.Register(s.rpc)
 	go s.rpc.Serve(listener)
 	t.Cleanup(s.rpc.Stop)

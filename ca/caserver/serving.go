@@ -127,7 +127,7 @@ func selfIssue(ctx context.Context, authority *ca.Authority, req ca.Request) (tl
 		return tls.Certificate{}, ca.Issued{}, err
 	}
 	return tls.Certificate{
-		Certificate: [][]byte{issued.Leaf.Raw, issued.Intermediate.Raw}, PrivateKey: key, Leaf: issued.Leaf,
+		Certificate: issued.ChainDER(), PrivateKey: key, Leaf: issued.Leaf,
 	}, issued, nil
 }
 

@@ -109,7 +109,7 @@ func (c *CA) issue(t testing.TB, req ca.Request) tls.Certificate {
 		t.Fatalf("issue for %+v: %v", req.Subject, err)
 	}
 	return tls.Certificate{
-		Certificate: [][]byte{issued.Leaf.Raw, issued.Intermediate.Raw}, PrivateKey: key, Leaf: issued.Leaf,
+		Certificate: issued.ChainDER(), PrivateKey: key, Leaf: issued.Leaf,
 	}
 }
 

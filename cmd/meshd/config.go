@@ -60,6 +60,10 @@ type Configuration struct {
 	// in the data directory if empty. Replicas need the same one.
 	SealingKey string `json:"sealingKey,omitempty"`
 
+	// CADir is a folder with an authority of your own, in the layout of Istio's cacerts; see
+	// ca.ReadBrought. meshd makes a root of its own if empty.
+	CADir string `json:"caDir,omitempty"`
+
 	// Etcd is where the state is; embedded below DataDir if it has no endpoints.
 	Etcd EtcdConfiguration `json:"etcd,omitzero"`
 
@@ -184,6 +188,7 @@ func (f *flagValues) add(fs *pflag.FlagSet) {
 	fs.StringVar(&c.AdminAddress, "admin-address", "", "HOST:PORT at which the other replicas reach the admin port of this very one (default: the --advertise that is an address or the name of this machine, else its name, port 8443)")
 	fs.StringVar(&c.TrustDomain, "trust-domain", "cluster.local", "the name after spiffe://; it cannot be changed later")
 	fs.StringVar(&c.SealingKey, "sealing-key", "", "file of the key that seals what is secret at rest (default: in the data directory)")
+	fs.StringVar(&c.CADir, "ca-dir", "", "folder with an authority of your own to begin with: ca-cert.pem, ca-key.pem, cert-chain.pem, root-cert.pem, as Istio's cacerts (default: meshd makes a root)")
 	fs.StringSliceVar(&c.Etcd.Endpoints, "etcd-endpoints", nil, "URLs of an etcd cluster of your own (default: embedded)")
 	fs.StringVar(&c.Etcd.CACert, "etcd-cacert", "", "its certificate authority, a PEM file")
 	fs.StringVar(&c.Etcd.Cert, "etcd-cert", "", "client certificate for it, a PEM file")

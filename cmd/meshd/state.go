@@ -103,9 +103,15 @@ func (d *daemon) openAuthority(ctx context.Context) (err error) {
 	if err := d.openAudit(); err != nil {
 		return err
 	}
+	var root *ca.Brought
+	if d.config.CADir != "" {
+		if root, err = ca.ReadBrought(d.config.CADir, d.started); err != nil {
+			return err
+		}
+	}
 	who := members{d.store}
 	d.authority, err = ca.Open(ctx, ca.Config{
-		TrustDomain: trustDomain, State: state, Sealer: d.sealer, Audit: d.audit, Grants: who,
+		TrustDomain: trustDomain, State: state, Sealer: d.sealer, Root: root, Audit: d.audit, Grants: who,
 		Lifetime: time.Duration(d.config.CertificateLifetime), Lifetimes: d.config.lifetimes(), Log: d.log.With("component", "ca"),
 	})
 	if err != nil {
