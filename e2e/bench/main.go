@@ -60,6 +60,10 @@ func scenes() []scene {
 			{"flap-vs-grpc", "ratio", 1.25}, {"flap-vs-floor", "ratio", 2.6}, {"allocs-per-push", "allocations", none},
 			{"unconcerned-us", "µs", 150}, {"cold-cpu-ms-per-proxy", "ms", 3}, {"memory-kb-per-proxy", "KiB", 64},
 		}, 10 * time.Minute, playEngine, true},
+		{"authority", []figure{
+			{"issue-vs-bare", "ratio", 1.33}, {"issue-grpc-vs-bare", "ratio", 1.8}, {"issue-connect-vs-sum", "ratio", 1.35},
+			{"etcd-writes-per-leaf", "writes", none},
+		}, 4 * time.Minute, playAuthority, true},
 	}
 }
 
@@ -72,6 +76,13 @@ func main() {
 		return
 	}
 	kubelet.Shim()
+	if dir := os.Getenv(authoritySwitch); dir != "" {
+		if err := authorityProcess(dir); err != nil {
+			fmt.Fprintln(os.Stderr, "bench: authority:", err)
+			os.Exit(1)
+		}
+		return
+	}
 	flag.Usage = usage
 	keep := flag.String("keep-logs", "", "folder for the logs of all processes")
 	proxies := flag.Int("proxies", 2000, "how many proxies the engine's figures are measured with")
