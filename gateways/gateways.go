@@ -88,6 +88,9 @@ func (b *Builder) Class(_ *federation.View, _ *config.Index, proxy xds.Proxy) xd
 	return xds.GatewayClass(proxy)
 }
 
+// Census stays the same: a gateway's class depends on itself alone.
+func (b *Builder) Census(*federation.View, *config.Index) uint64 { return 0 }
+
 // Forget does nothing: a gateway has no weights of other networks.
 func (b *Builder) Forget(...federation.ServiceName) {}
 
@@ -343,7 +346,11 @@ func listener(v6 bool, logFormat string) (validatable, error) {
 		// Pods that are no longer there are taken out one by one, a second each if they do not
 		// even refuse; a caller gives up after four.
 		MaxConnectAttempts: wrapperspb.UInt32(5),
-		IdleTimeout:        durationpb.New(time.Hour),
+		// The next attempt waits until the one that failed was taken out, which takes a moment.
+		BackoffOptions: &corev3.BackoffStrategy{
+			BaseInterval: durationpb.New(10 * time.Millisecond), MaxInterval: durationpb.New(100 * time.Millisecond),
+		},
+		IdleTimeout: durationpb.New(time.Hour),
 	})
 	if err != nil {
 		return nil, err

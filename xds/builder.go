@@ -30,6 +30,7 @@ type Builder struct {
 	ports   map[federation.WorkloadKey][]inboundPort
 	parts   map[partKey]*built
 	classes map[Class]*whole
+	census  uint64 // see Census
 }
 
 // partKey is all that the part of a service without a VirtualService depends on, beside
@@ -61,7 +62,7 @@ func (b *Builder) move(view *federation.View, index *config.Index) {
 			}
 		}
 	}
-	if b.view == nil || !samePorts(b.view, view) {
+	if b.view == nil || b.index != index || !samePorts(b.view, view) {
 		b.ports = nil
 	}
 	b.view, b.index = view, index
@@ -69,11 +70,18 @@ func (b *Builder) move(view *federation.View, index *config.Index) {
 
 // Class is the class of a proxy in a view.
 func (b *Builder) Class(view *federation.View, index *config.Index, proxy Proxy) Class {
+	b.Census(view, index)
+	return classOf(proxy, b.ports[proxy.Workload], index.SelectorKeys())
+}
+
+// Census stays the same as long as Class gives the same for every proxy.
+func (b *Builder) Census(view *federation.View, index *config.Index) uint64 {
 	b.move(view, index)
 	if b.ports == nil {
 		b.ports = inboundPorts(view)
+		b.census++
 	}
-	return classOf(proxy, b.ports[proxy.Workload], index.SelectorKeys())
+	return b.census
 }
 
 // Build is the function Build.

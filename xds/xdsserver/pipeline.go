@@ -6,6 +6,7 @@ import (
 	"context"
 	"log/slog"
 	"maps"
+	"reflect"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -25,6 +26,8 @@ import (
 type Generator interface {
 	// Class is what the proxy has in common with those that get the same.
 	Class(view *federation.View, index *config.Index, proxy xds.Proxy) xds.Class
+	// Census stays the same as long as Class gives the same for every proxy.
+	Census(view *federation.View, index *config.Index) uint64
 	// BuildClass makes everything the proxies of a class are told.
 	BuildClass(view *federation.View, index *config.Index, class xds.Class) (xds.Resources, []federation.Finding)
 	// Forget makes services be made again although they did not change.
@@ -324,7 +327,7 @@ func (p *Pipeline) adopt(given *federation.Snapshot) {
 		s = p.config.Prepare(given)
 	}
 	now := p.config.Now()
-	if p.snapshot != nil {
+	if p.snapshot != nil && !sameMap(p.snapshot.Workloads, s.Workloads) {
 		for key := range p.snapshot.Workloads {
 			if _, ok := s.Workloads[key]; !ok {
 				p.gone[key] = now
@@ -339,6 +342,11 @@ func (p *Pipeline) adopt(given *federation.Snapshot) {
 		p.index = config.NewFrom(p.index, s)
 	}
 	p.snapshot = s
+}
+
+// sameMap compares by identity: what stands in snapshots does not change.
+func sameMap[K comparable, V any](a, b map[K]V) bool {
+	return reflect.ValueOf(a).Pointer() == reflect.ValueOf(b).Pointer()
 }
 
 // letGo makes the services be made again that were held back long enough.
@@ -385,10 +393,10 @@ func (p *Pipeline) nextDue() time.Duration {
 
 // feedIt recomputes what one feed is told, and tells whether that has changed.
 func (p *Pipeline) feedIt(f *feed) bool {
-	if w := p.snapshot.Workloads[f.key]; w != nil {
-		f.subject = xds.ProxyOf(w, f.peer.TrustDomain)
+	if w := p.snapshot.Workloads[f.key]; w != nil && w != f.load {
+		f.load, f.subject, f.sorted = w, xds.ProxyOf(w, f.peer.TrustDomain), nil
 	}
-	frame, ok := p.frame(f.subject)
+	frame, ok := p.frame(f)
 	if !ok {
 		return false
 	}
@@ -396,8 +404,8 @@ func (p *Pipeline) feedIt(f *feed) bool {
 }
 
 // frame makes or finds what a proxy is told now.
-func (p *Pipeline) frame(proxy xds.Proxy) (Frame, bool) {
-	at := proxy.Scope()
+func (p *Pipeline) frame(f *feed) (Frame, bool) {
+	proxy, at := f.subject, f.subject.Scope()
 	s := p.scopes[at]
 	if s == nil {
 		s = &scope{damper: &federation.Damper{}, generators: map[federation.ProxyRole]Generator{}}
@@ -421,7 +429,11 @@ func (p *Pipeline) frame(proxy xds.Proxy) (Frame, bool) {
 		})
 		s.generators[proxy.Role] = g
 	}
-	kind := g.Class(s.view, p.index, proxy)
+	if census := g.Census(s.view, p.index); f.sorted != g || f.census != census {
+		f.kind, f.sorted, f.census = g.Class(s.view, p.index, proxy), g, census
+		f.class = f.kind.String()
+	}
+	kind := f.kind
 	c := p.classes[kind]
 	if c == nil {
 		c = &class{}
@@ -434,7 +446,7 @@ func (p *Pipeline) frame(proxy xds.Proxy) (Frame, bool) {
 		c.resources = keepLists(c.resources, resources)
 		p.metrics.builds.Inc()
 	}
-	return Frame{Proxy: proxy, Class: kind.String(), Revision: p.snapshot.Revision, Resources: c.resources}, true
+	return Frame{Proxy: proxy, Class: f.class, Revision: p.snapshot.Revision, Resources: c.resources}, true
 }
 
 // keepLists shares every list that has not changed with what was there before, so that
@@ -520,8 +532,8 @@ func (p *Pipeline) attach(peer Peer) (*feed, <-chan struct{}, error) {
 		return nil, nil, status.Errorf(codes.PermissionDenied, "workload %s is %s/%s with service account %q, not %s with %q",
 			peer.Workload.UID, w.Namespace, w.Name, w.ServiceAccount, peer.Namespace, peer.ServiceAccount)
 	}
-	f := &feed{pipeline: p, key: peer.Workload, peer: peer, subject: xds.ProxyOf(w, peer.TrustDomain), changed: make(chan struct{}, 1)}
-	frame, ok := p.frame(f.subject)
+	f := &feed{pipeline: p, key: peer.Workload, peer: peer, load: w, subject: xds.ProxyOf(w, peer.TrustDomain), changed: make(chan struct{}, 1)}
+	frame, ok := p.frame(f)
 	if !ok {
 		return nil, nil, status.Errorf(codes.FailedPrecondition, "proxies of role %q are not served here", w.Role)
 	}
@@ -585,7 +597,14 @@ type feed struct {
 	peer     Peer
 	changed  chan struct{}
 
-	subject xds.Proxy // under the pipeline's lock
+	// Under the pipeline's lock: who is told, and of which class it is, according to which
+	// generator at which census.
+	load    *federation.Workload
+	subject xds.Proxy
+	kind    xds.Class
+	class   string
+	sorted  Generator
+	census  uint64
 
 	acked atomic.Uint64 // the newest frame of which all was acknowledged
 	runs  atomic.Bool   // there has been one
