@@ -56,6 +56,9 @@ func TestScripts(t *testing.T) {
 			}
 			env.Values[stageKey] = &play{Stage: s}
 			env.Defer(func() {
+				if t, ok := env.T().(interface{ Failed() bool }); ok && t.Failed() {
+					env.T().Log(s.Tails(40))
+				}
 				if err := s.Close(); err != nil {
 					env.T().Log("left on the stage: ", err)
 					env.T().FailNow()

@@ -9,8 +9,10 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -227,7 +229,20 @@ func Until(ctx context.Context, patience time.Duration, condition func() error) 
 	}
 }
 
-// readFile for errors that show a log's end.
+// Tails are the ends of what the replicas of the control service logged, for who has only
+// a failed story's output.
+func (s *Stage) Tails(lines int) string {
+	var b strings.Builder
+	controls := s.Controls()
+	for _, name := range slices.Sorted(maps.Keys(controls)) {
+		if p := controls[name].Process; p != nil {
+			fmt.Fprintf(&b, "the last lines of meshd %s:\n%s\n", name, tail(p.LogFile(), lines))
+		}
+	}
+	return b.String()
+}
+
+// tail is the end of a file.
 func tail(path string, lines int) string {
 	b, err := os.ReadFile(path)
 	if err != nil {
