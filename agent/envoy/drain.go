@@ -31,7 +31,30 @@ func (p *Process) drain(c *child) {
 	}
 	began := time.Now()
 	open := p.untilIdle(ctx, c, began.Add(p.DrainAtLeast))
+	if open == 0 {
+		open = p.refuse(c)
+	}
 	p.Log.Info("envoy drained", "took", time.Since(began).Round(time.Millisecond), "connections_cut", open)
+}
+
+// lastMoment is how long those are served who came in the moment in which nobody seemed
+// to be there any more.
+const lastMoment = time.Second
+
+// refuse closes the listeners for good. Callers who have not learned that we leave, because
+// their control service is away, say, are refused from here on and take another pod; a
+// connection that was accepted and then cut would be an error to them.
+func (p *Process) refuse(c *child) int {
+	ctx, cancel := context.WithTimeout(context.Background(), lastMoment)
+	defer cancel()
+	query := ""
+	if p.InboundOnly {
+		query = "?inboundonly"
+	}
+	if _, err := p.admin(ctx, http.MethodPost, "/drain_listeners"+query); err != nil {
+		p.Log.Warn("envoy still listens", "error", err)
+	}
+	return p.untilIdle(ctx, c, time.Time{})
 }
 
 // untilIdle returns how many connections were open at the end.
