@@ -32,7 +32,7 @@ type IngestConfig struct {
 	Exposure time.Duration
 
 	// Absence is how long a store is away until this replica looks for itself at a source
-	// that another one syncs; zero means 3 s.
+	// that another one syncs; zero means 2 s.
 	Absence time.Duration
 
 	// Linger is how long it goes on doing so when another replica syncs the source again:
@@ -53,7 +53,7 @@ func (c *IngestConfig) setDefaults() {
 		value time.Duration
 	}{
 		{&c.Holdoff, 10 * time.Millisecond}, {&c.Retry, time.Second}, {&c.Exposure, time.Second},
-		{&c.Absence, 3 * time.Second}, {&c.Linger, 10 * time.Second},
+		{&c.Absence, 2 * time.Second}, {&c.Linger, 10 * time.Second},
 	} {
 		if *f.field == 0 {
 			*f.field = f.value
@@ -428,10 +428,13 @@ func (i *Ingest) store(ctx context.Context, session Session) error {
 	var err error
 	if offered {
 		admitted, findings := i.exposer.admit(number, level, grant)
+		i.mu.Lock()
+		i.state.Findings = findings
+		i.mu.Unlock()
 		began := i.config.Now()
 		written, err = session.Apply(ctx, admitted)
 		i.metrics.seconds.Observe(i.config.Now().Sub(began).Seconds())
-		i.applied(findings, err)
+		i.applied(err)
 		if err == nil {
 			i.exposer.stored(number, written.Revision)
 			if level.Records != nil {
@@ -453,10 +456,10 @@ func (i *Ingest) store(ctx context.Context, session Session) error {
 	return err
 }
 
-func (i *Ingest) applied(findings []federation.Finding, err error) {
+func (i *Ingest) applied(err error) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	i.state.Findings, i.state.Err = findings, err
+	i.state.Err = err
 	if err == nil {
 		i.state.Stored = i.config.Now()
 	}

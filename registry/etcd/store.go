@@ -58,7 +58,7 @@ type StoreConfig struct {
 	Heartbeat time.Duration
 
 	// Patience is how long etcd may be silent before the store is Degraded, and how long
-	// one attempt to write may take; zero means 3 s.
+	// one attempt to write may take; zero means 2 s.
 	Patience time.Duration
 
 	// Maintenance is how often the database is looked after; zero means 30 s.
@@ -81,7 +81,7 @@ func (c *StoreConfig) setDefaults() {
 	setDefault(&c.PresenceTTL, 15*time.Second)
 	setDefault(&c.ReplicaTTL, 10*time.Second)
 	setDefault(&c.Heartbeat, time.Second)
-	setDefault(&c.Patience, 3*time.Second)
+	setDefault(&c.Patience, 2*time.Second)
 	setDefault(&c.Replica, "meshd")
 	setDefault(&c.Maintenance, maintainEvery)
 	setDefault(&c.DefragmentFrom, defragmentFrom)
@@ -439,11 +439,13 @@ func (s *Store) beat(ctx context.Context) {
 		case <-tick.C:
 		}
 		beat, cancel := context.WithTimeout(ctx, s.config.Patience)
+		silent := s.expectPulse()
 		response, err := s.client.Get(beat, s.prefix+sessionsPrefix, clientv3.WithCountOnly())
 		if err == nil {
 			err = s.client.RequestProgress(clientv3.WithRequireLeader(beat))
 		}
 		cancel()
+		silent.Stop()
 		s.mu.Lock()
 		s.beatLocked(response, err)
 		if err == nil {
@@ -454,6 +456,22 @@ func (s *Store) beat(ctx context.Context) {
 		}
 		s.mu.Unlock()
 	}
+}
+
+var errSilent = errors.New("no answer")
+
+// expectPulse tells that the store is degraded once etcd has been silent for too long,
+// unless it is stopped before.
+func (s *Store) expectPulse() *time.Timer {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return time.AfterFunc(s.config.Patience-s.config.Now().Sub(s.pulse), func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.config.Now().Sub(s.pulse) >= s.config.Patience {
+			s.degradedLocked(errSilent)
+		}
+	})
 }
 
 // Current waits until this replica knows what etcd knew a moment ago, if it may know less:
