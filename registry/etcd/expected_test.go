@@ -217,6 +217,36 @@ func TestWorkloadsShareKeysAndMemory(t *testing.T) {
 	}
 }
 
+// Endpoints that join others in a slice leave alone what was handed out of it.
+func TestSlicesThatAreSharedDoNotChange(t *testing.T) {
+	t.Parallel()
+	const source = federation.SourceID("kube:a")
+	for n := 1; n < 60; n++ {
+		p := newPair(source)
+		all := someRecord(source, 1, 70)
+		level := &registry.Level{Records: map[federation.ServiceName]*federation.Record{}, Workloads: map[string]*federation.Workload{}}
+		less := *all
+		less.Endpoints = slices.Concat(all.Endpoints[:n], all.Endpoints[n+1:])
+		level.Records[all.Name] = &less
+		p.apply(t, level)
+		handed := map[string][]federation.Endpoint{}
+		shared := map[string][]federation.Endpoint{}
+		for _, s := range p.near.records[source][all.Name].slices {
+			shared[s.name], handed[s.name] = s.endpoints, slices.Clone(s.endpoints)
+		}
+		more := *level
+		more.Records = map[federation.ServiceName]*federation.Record{all.Name: all}
+		if _, err := p.baseline.plan(source, &more); err != nil {
+			t.Fatal(err)
+		}
+		if !reflect.DeepEqual(shared, handed) {
+			t.Fatalf("without endpoint %d: planning has changed what the replica holds", n)
+		}
+		p.apply(t, &more)
+		p.same(t, &more, "with all")
+	}
+}
+
 // What is damaged is written again, and what means nothing goes.
 func TestDamagedBundlesAreMended(t *testing.T) {
 	t.Parallel()

@@ -107,7 +107,7 @@ func (b *baseline) spread(g *group, k string, stored, next *layout, record *fede
 	dirty := map[string]bool{}
 	for name, list := range stored.slices {
 		if dirty[name] = !equalEndpoints(list, next.slices[name]); !dirty[name] {
-			next.slices[name] = list
+			next.slices[name] = slices.Clip(list) // shared with the replica: who adds to it makes another
 		}
 	}
 	if len(fresh) > 0 {
