@@ -83,6 +83,10 @@ func (s *session) printActivity(a *api.Activity) {
 			parts = append(parts, part)
 		}
 	}
-	fmt.Fprintf(s.stdout, "%s %s %s\n", a.GetTime().AsTime().UTC().Format(time.RFC3339),
-		s.style(s.stdout).mark(state), fold(printable(strings.Join(parts, "  ")), s.columns(s.stdout), 6))
+	at, st := a.GetTime().AsTime().UTC().Format(time.RFC3339), s.style(s.stdout)
+	// What stands before the text counts on its first line, and is put there after folding.
+	const indent = 6
+	before := strings.Repeat("~", len(at)+1+st.markWidth(state)-indent) + " "
+	text := strings.TrimPrefix(fold(before+printable(strings.Join(parts, "  ")), s.columns(s.stdout), indent), before)
+	fmt.Fprintf(s.stdout, "%s %s %s\n", at, st.mark(state), text)
 }

@@ -8,11 +8,13 @@ import (
 	"errors"
 	"os"
 	"os/exec"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
+	"unicode/utf8"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -262,5 +264,43 @@ func TestATableFitsTheTerminal(t *testing.T) {
 		if got := wide().fit(columns); !slices.Equal(got, hidden) {
 			t.Errorf("%d columns leave out %q, want %q", columns, got, hidden)
 		}
+	}
+}
+
+// No line is longer than the terminal, with colour or without, but those to be copied.
+func TestWhatOnboardingWarnsOfFits(t *testing.T) {
+	t.Parallel()
+	for _, color := range []string{"always", "never"} {
+		s, out, _ := plainSession()
+		s.outTerminal, s.width, s.color = true, 80, color
+		s.printOnboarding(&api.OnboardVMResponse{
+			Vm: &api.VM{Metadata: &api.Metadata{Name: "web-1"}, Spec: &api.VMSpec{}, Status: &api.VMStatus{}},
+			Findings: []*api.Finding{{Severity: "warning", Code: string(api.NetworkNoGateway),
+				Message: "network n1 has no gateway: the machine can call out, but calls to it from other networks have no way in"}},
+		}, onboardFlags{dryRun: true})
+		plain := regexp.MustCompile("\x1b\\[[0-9;]*m").ReplaceAllString(out.String(), "")
+		for line := range strings.Lines(plain) {
+			if n := utf8.RuneCountInString(strings.TrimSuffix(line, "\n")); n > 80 {
+				t.Errorf("%s: %d columns: %s", color, n, line)
+			}
+		}
+		if !strings.Contains(plain, "calls to it from\n  other networks have no way in  MESH8001\n") {
+			t.Errorf("%s: broken elsewhere than between words:\n%s", color, plain)
+		}
+	}
+}
+
+func TestActivityFits(t *testing.T) {
+	t.Parallel()
+	s, out, _ := plainSession()
+	s.outTerminal, s.color = true, "never"
+	s.printActivity(&api.Activity{Verb: "issued", Object: "pod shop/payments-64c6fb6bb7-zvgcm in west", Actor: "spiffe://cluster.local/ns/shop/sa/payments", Result: "ok", Message: "certificate 0123456789abcdef, by kubernetes-token"})
+	for line := range strings.Lines(out.String()) {
+		if n := utf8.RuneCountInString(strings.TrimSuffix(line, "\n")); n > 80 {
+			t.Errorf("%d columns: %s", n, line)
+		}
+	}
+	if !strings.Contains(out.String(), "issued  pod shop/payments-64c6fb6bb7-zvgcm in west") && !strings.Contains(out.String(), "issued pod shop/payments-64c6fb6bb7-zvgcm in west") {
+		t.Errorf("%s", out)
 	}
 }

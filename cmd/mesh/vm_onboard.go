@@ -190,9 +190,11 @@ func writeToken(path, token string) error {
 }
 
 func (s *session) printOnboarding(out *api.OnboardVMResponse, f onboardFlags) {
-	st := s.style(s.stdout)
+	st, columns := s.style(s.stdout), s.columns(s.stdout)
 	for _, finding := range out.GetFindings() {
-		fmt.Fprintf(s.stdout, "%s %s  %s\n", st.mark(finding.GetSeverity()), printable(finding.GetMessage()), st.paint(faint, finding.GetCode()))
+		in := 1 + st.markWidth(finding.GetSeverity())
+		text := behind(fold(printable(finding.GetMessage()), columns, in), finding.GetCode(), columns, in, func(code string) string { return st.paint(faint, code) })
+		fmt.Fprintf(s.stdout, "%s %s\n", st.mark(finding.GetSeverity()), text)
 	}
 	name := out.GetVm().GetMetadata().GetName()
 	if f.dryRun {

@@ -38,7 +38,7 @@ type Configuration struct {
 	DataDir string `json:"dataDir,omitempty"`
 
 	// Advertise are the host:port that proxies of every network dial; its certificate is
-	// for these names. The first one is what members are given.
+	// for these names. Members are given all of them, and go to any that answers.
 	Advertise []string `json:"advertise,omitempty"`
 
 	// AdvertiseAdmin are the host:port under which `mesh` and machines that onboard reach
