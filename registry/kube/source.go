@@ -106,6 +106,7 @@ type run struct {
 	*Source
 	sink   registry.Sink
 	caches *caches
+	begun  time.Time
 	wake   chan struct{}
 	access atomic.Pointer[access]
 	usable chan struct{} // closed when there is an access
@@ -129,7 +130,7 @@ func (s *Source) Run(ctx context.Context, sink registry.Sink) error {
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	r := &run{Source: s, sink: sink, wake: make(chan struct{}, 1), usable: make(chan struct{}), again: make(chan struct{}, 1)}
+	r := &run{Source: s, sink: sink, begun: s.config.Now(), wake: make(chan struct{}, 1), usable: make(chan struct{}), again: make(chan struct{}, 1)}
 	snapshot, _ := s.config.Store.Snapshot()
 	r.caches = newCaches(m, s.config.Budget, r.wakeUp)
 	r.caches.know(snapshot)
@@ -202,11 +203,27 @@ func (r *run) observeSync(settled bool) {
 	case len(denied) > 0:
 		c.Status, c.Reason = false, "Forbidden"
 		c.Message = fmt.Sprintf("the API server does not show %s, whose last known state stays; run: mesh join cluster %s", strings.Join(denied, ", "), r.name())
+	case !settled && r.restarting():
+		return
 	case !settled:
 		c.Status, c.Reason = false, "Waiting"
 		c.Message = "waiting for " + strings.Join(waiting, ", ") + "; the last known state is served"
 	}
 	r.observe(c)
+}
+
+// restartGrace is how long the caches of a member that was read before may take to fill
+// again, after a restart or when another replica takes the member over, before that is a
+// transition: a healthy one is none.
+const restartGrace = 10 * time.Second
+
+// restarting tells that the run is young, and that the member was in sync before.
+func (r *run) restarting() bool {
+	if r.config.Now().Sub(r.begun) >= restartGrace {
+		return false
+	}
+	m := r.config.Store.Members()[r.config.ID]
+	return m != nil && slices.ContainsFunc(m.Conditions, func(c federation.Condition) bool { return c.Type == federation.Synced && c.Status })
 }
 
 func (r *run) name() string {

@@ -292,9 +292,28 @@ func TestSource(t *testing.T) {
 	t.Run("a signing key that is rotated", func(t *testing.T) { keyRotated(t, b) })
 	t.Run("a signing key that another cluster has", func(t *testing.T) { keyTaken(t, b) })
 	stop()
+	t.Run("a healthy takeover is no transition", func(t *testing.T) { takenOver(t, b) })
 	t.Run("a kind that is forbidden after a restart", func(t *testing.T) { forbidden(t, b) })
 	t.Run("credentials that have expired", func(t *testing.T) { expired(t, b) })
 	t.Run("another cluster behind the address", func(t *testing.T) { anotherCluster(t, b) })
+}
+
+func takenOver(t *testing.T, b *bed) {
+	condition := func() federation.Condition {
+		conditions := b.store.Members()[b.member.ID].Conditions
+		return conditions[slices.IndexFunc(conditions, func(c federation.Condition) bool { return c.Type == federation.Synced })]
+	}
+	b.eventually(t, "the member is in sync", func() bool { return condition().Status })
+	before := condition()
+	defer b.sync(t, nil)()
+	b.eventually(t, "it is synced again", func() bool {
+		s := b.runner.Sources()
+		return len(s) == 1 && slices.ContainsFunc(s[0].Status.Conditions, func(c federation.Condition) bool { return c.Type == federation.Synced && c.Status })
+	})
+	b.eventually(t, "two more beacons came back", b.beacons(2))
+	if after := condition(); !after.Since.Equal(before.Since) {
+		t.Errorf("condition %+v, before %+v", after, before)
+	}
 }
 
 func (b *bed) revision(t *testing.T) federation.Revision {
