@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"weak"
 
 	"google.golang.org/grpc/mem"
 
@@ -152,19 +153,19 @@ type differences struct {
 // out again. keptSets is the same for sets of names.
 const keptDifferences, keptSets = 512, 512
 
-// differenceKey names two lists by identity; the difference keeps them alive.
+// differenceKey names two lists by identity, and keeps neither alive: a new list is never
+// taken for one that is gone.
 type differenceKey struct {
-	from, to   *xds.Resource
+	from, to   weak.Pointer[xds.Resource]
 	nFrom, nTo int
 }
 
 // difference between two lists. It is immutable.
 type difference struct {
-	from, to []xds.Resource
-	changed  []xds.Resource // of to: not in from, or in another version
-	gone     []string       // in from only
-	names    []string       // of what changed
-	nonce    string         // of responses that are just what changed; unlike those of a stream
+	changed []xds.Resource // of the second: not in the first, or in another version
+	gone    []string       // in the first only
+	names   []string       // of what changed
+	nonce   string         // of responses that are just what changed; unlike those of a stream
 
 	once    sync.Once
 	encoded mem.BufferSlice // such a response, see encode
@@ -173,10 +174,10 @@ type difference struct {
 func keyOf(from, to []xds.Resource) differenceKey {
 	k := differenceKey{nFrom: len(from), nTo: len(to)}
 	if len(from) > 0 {
-		k.from = &from[0]
+		k.from = weak.Make(&from[0])
 	}
 	if len(to) > 0 {
-		k.to = &to[0]
+		k.to = weak.Make(&to[0])
 	}
 	return k
 }
@@ -209,8 +210,8 @@ func (d *differences) between(from, to []xds.Resource) *difference {
 }
 
 func differ(from, to []xds.Resource) *difference {
-	d := &difference{from: from, to: to}
-	d.merge()
+	d := &difference{}
+	d.merge(from, to)
 	d.names = make([]string, len(d.changed))
 	for i, r := range d.changed {
 		d.names[i] = r.Name
@@ -219,8 +220,7 @@ func differ(from, to []xds.Resource) *difference {
 }
 
 // merge goes through both lists at once.
-func (d *difference) merge() {
-	from, to := d.from, d.to
+func (d *difference) merge(from, to []xds.Resource) {
 	if len(from) == 0 {
 		d.changed = to
 		return
