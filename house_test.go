@@ -56,14 +56,14 @@ var arrows = map[string][]string{
 	"cmd/mesh-agent": {"agent", "agent/*", "api"},
 	"cmd/meshd":      {"*"},
 
-	// Tests of a room may use the throwaway authority and the scripted sources; see testOnly.
+	// Tests of a room may use the throwaway authority, the scripted sources and the like; see testOnly.
 	"e2e":    {"*"},
 	"e2e/*":  {"*"},
 	"deploy": {},
 }
 
 // testOnly rooms may be imported by every room's tests.
-var testOnly = []string{"ca/catest", "registry/registrytest", "ca", "ca/caserver", "ca/attest", "federation", "config", "api", "registry/etcd", "xds/xdsserver", "xds/xdstest"}
+var testOnly = []string{"ca/catest", "registry/registrytest", "ca", "ca/caserver", "ca/attest", "federation", "config", "api", "registry/etcd", "xds/xdsserver", "xds/xdstest", "e2e/ports"}
 
 // owners names the only rooms that may import a library, and why.
 var owners = []struct {

@@ -27,20 +27,10 @@ import (
 	"github.com/isthmus-mesh/isthmus/agent"
 	"github.com/isthmus-mesh/isthmus/api"
 	"github.com/isthmus-mesh/isthmus/ca/catest"
+	"github.com/isthmus-mesh/isthmus/e2e/ports"
 )
 
 const listenerType = "type.googleapis.com/envoy.config.listener.v3.Listener"
-
-// freePort returns a port of loopback that nobody listens on now.
-func freePort(t *testing.T) int {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().(*net.TCPAddr).Port
-}
 
 // pod is one workload whose agent runs inside the test.
 type pod struct {
@@ -67,7 +57,7 @@ func start(t *testing.T, workload http.Handler) *pod {
 	app := httptest.NewServer(workload)
 	t.Cleanup(app.Close)
 	appPort := app.Listener.Addr().(*net.TCPAddr).Port
-	inbound := freePort(t)
+	inbound := ports.Free(t)
 	m.put(t, "app", staticCluster("app", "127.0.0.1", appPort))
 	m.put(t, "inbound", &listenerv3.Listener{
 		Name: "inbound", Address: socketAddress("127.0.0.1", inbound), TrafficDirection: corev3.TrafficDirection_INBOUND,
@@ -80,7 +70,7 @@ func start(t *testing.T, workload http.Handler) *pod {
 	if err := os.WriteFile(token, []byte(m.cluster.Token(t, "shop", "default", "web-0", "pod-uid")), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	local := func() string { return fmt.Sprintf("127.0.0.1:%d", freePort(t)) }
+	local := func() string { return fmt.Sprintf("127.0.0.1:%d", ports.Free(t)) }
 	p := &pod{mesh: m, inbound: fmt.Sprintf("127.0.0.1:%d", inbound), ended: make(chan error, 1)}
 	p.config = agent.Config{
 		Role: agent.Sidecar, Server: m.address, RootCertFile: m.roots(t), TokenFile: token,
@@ -90,7 +80,7 @@ func start(t *testing.T, workload http.Handler) *pod {
 		RunDir:       shortDir(t),
 		ResolvConf:   os.DevNull,
 		ReadyAddress: local(), StatusAddress: local(), DNSAddresses: []string{local()},
-		AdminPort: uint16(freePort(t)), StatsPort: uint16(freePort(t)),
+		AdminPort: uint16(ports.Free(t)), StatsPort: uint16(ports.Free(t)),
 		Drain: 2 * time.Second, DrainAtLeast: 100 * time.Millisecond,
 		Probes:  fmt.Sprintf(`{"web/readyz":{"http":{"path":"/ready","port":%d}}}`, appPort),
 		Version: "test",

@@ -10,7 +10,6 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"fmt"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -27,6 +26,8 @@ import (
 	"k8s.io/client-go/rest"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/isthmus-mesh/isthmus/e2e/ports"
 )
 
 // cluster is a real kube-apiserver on loopback, with an etcd of its own and no
@@ -59,25 +60,16 @@ func binary(t testing.TB, path ...string) string {
 	return file
 }
 
-func freePort(t testing.TB) int {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().(*net.TCPAddr).Port
-}
-
 func startCluster(t testing.TB) *cluster {
 	t.Helper()
 	etcd := binary(t, "etcd-v3.7.3", "etcd")
 	binary(t, "kubernetes-v1.36.3", "kube-apiserver")
-	c := &cluster{t: t, dir: t.TempDir(), port: freePort(t), etcdPort: freePort(t)}
+	c := &cluster{t: t, dir: t.TempDir(), port: ports.Free(t), etcdPort: ports.Free(t)}
 	c.writeKey("sa.key")
 	if err := os.WriteFile(filepath.Join(c.dir, "tokens.csv"), []byte("admin-token,admin,admin,system:masters\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	peer := freePort(t)
+	peer := ports.Free(t)
 	c.run(exec.Command(etcd, "--data-dir", filepath.Join(c.dir, "etcd"), "--unsafe-no-fsync", "--log-level", "error",
 		"--listen-client-urls", fmt.Sprintf("http://127.0.0.1:%d", c.etcdPort), "--advertise-client-urls", fmt.Sprintf("http://127.0.0.1:%d", c.etcdPort),
 		"--listen-peer-urls", fmt.Sprintf("http://127.0.0.1:%d", peer), "--initial-advertise-peer-urls", fmt.Sprintf("http://127.0.0.1:%d", peer),
