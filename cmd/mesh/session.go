@@ -80,7 +80,7 @@ func (s *session) run(ctx context.Context, args []string) int {
 		return f.exit
 	}
 	if f.what == "" {
-		f.what = "cannot " + strings.TrimPrefix(cmd.CommandPath(), "mesh ")
+		f.what = "cannot run " + cmd.CommandPath()
 	}
 	f.print(s.stderr, s.style(s.stderr), s.columns(s.stderr))
 	return f.exit
