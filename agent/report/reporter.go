@@ -14,7 +14,6 @@ import (
 	"github.com/cenkalti/backoff/v5"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
-	"google.golang.org/grpc/keepalive"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/isthmus-mesh/isthmus/agent/servers"
@@ -71,12 +70,7 @@ func (c *Connection) once(ctx context.Context, talk func(context.Context, api.Wo
 			return err
 		}
 	}
-	options := []grpc.DialOption{
-		grpc.WithTransportCredentials(c.Credentials),
-		// A machine that was unplugged notices within seconds of coming back.
-		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
-	}
-	conn, err := c.Servers.Client(c.Dial, options...)
+	conn, err := c.Servers.Client(c.Dial, grpc.WithTransportCredentials(c.Credentials))
 	if err != nil {
 		return err
 	}

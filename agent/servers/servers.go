@@ -12,8 +12,10 @@ import (
 	"net"
 	"slices"
 	"strings"
+	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/resolver"
 )
 
@@ -48,7 +50,9 @@ const scheme = "meshd"
 // first that completes a handshake, beginning anywhere in the list, so that many agents
 // spread over the replicas. Who does not answer within a quarter of a second is tried
 // together with the next. Each server is verified by the host name that it stands in the
-// list with. dial opens connections; nil uses the network as it is.
+// list with. Who has not said a word for 20 s, although asked after 10, is left for another:
+// a replica that hangs, or a machine that was unplugged. dial opens connections; nil uses
+// the network as it is.
 func (l List) Client(dial func(ctx context.Context, address string) (net.Conn, error), options ...grpc.DialOption) (*grpc.ClientConn, error) {
 	if len(l) == 0 {
 		return nil, fmt.Errorf("no server: %w", ErrAddress)
@@ -56,8 +60,11 @@ func (l List) Client(dial func(ctx context.Context, address string) (net.Conn, e
 	if dial != nil {
 		options = append(options, grpc.WithContextDialer(dial))
 	}
-	// Names are looked up by dial, not by gRPC: it knows the way past redirection.
-	options = append(options, grpc.WithResolvers(fixed(l)), grpc.WithDisableServiceConfig())
+	options = append(options,
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: 10 * time.Second}),
+		// Names are looked up by dial, not by gRPC: it knows the way past redirection.
+		grpc.WithResolvers(fixed(l)), grpc.WithDisableServiceConfig(),
+	)
 	return grpc.NewClient(scheme+":///", options...)
 }
 

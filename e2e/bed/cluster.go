@@ -215,10 +215,14 @@ func (c *Cluster) stop() error {
 	return errors.Join(errs...)
 }
 
-// WaitReady waits up to 30 seconds until the API server is ready and the
-// controller manager has made what a pod needs.
+// startTime is how long a cluster may take to start: four seconds if its programs are in
+// memory, much longer if the disk they are read from is busy.
+const startTime = 2 * time.Minute
+
+// WaitReady waits until the API server is ready and the controller manager has
+// made what a pod needs, for startTime at most.
 func (c *Cluster) WaitReady(ctx context.Context) error {
-	err := until(ctx, 30*time.Second, pollEvery, func() error {
+	err := until(ctx, startTime, pollEvery, func() error {
 		for _, p := range []*Process{c.Etcd, c.APIServer, c.ControllerManager} {
 			if !p.Running() {
 				return fmt.Errorf("%s has ended: %s", p.Name(), lastLines([]byte(p.Log())))
