@@ -12,6 +12,7 @@ import (
 
 	"github.com/spf13/cobra"
 	authorizationv1 "k8s.io/api/authorization/v1"
+	"k8s.io/apimachinery/pkg/api/equality"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -239,10 +240,19 @@ func (m *member) apply(ctx context.Context, obj *unstructured.Unstructured, dryR
 	return "changed", nil
 }
 
-// sameObject compares what an apply may change; a dry run has no new resource
-// version to compare.
+// sameObject compares what an apply may change. Controllers write the status whenever they
+// like, also between two looks: that is no change of ours.
 func sameObject(before, after *unstructured.Unstructured) bool {
-	return before.GetResourceVersion() == after.GetResourceVersion() && before.GetGeneration() == after.GetGeneration()
+	return equality.Semantic.DeepEqual(given(before), given(after))
+}
+
+// given is an object without what the cluster itself writes.
+func given(o *unstructured.Unstructured) map[string]any {
+	o = o.DeepCopy()
+	unstructured.RemoveNestedField(o.Object, "status")
+	o.SetResourceVersion("")
+	o.SetManagedFields(nil)
+	return o.Object
 }
 
 var namespaces = schema.GroupVersionResource{Version: "v1", Resource: "namespaces"}
