@@ -30,6 +30,7 @@ type exposer struct {
 	done    uint64    // the last level that is stored
 	shown   uint64    // the level that is shown; 0 for none
 	from    time.Time // since when some level is shown
+	until   time.Time // how long the level is shown at most; zero for as long as it is not stored
 
 	// admitted is the last level as it was admitted.
 	admitting sync.Mutex
@@ -48,15 +49,12 @@ func newExposer(config *IngestConfig, log *slog.Logger) *exposer {
 // offer takes in the newest level.
 func (e *exposer) offer(number uint64, level *Level, grant federation.Grant) {
 	e.mu.Lock()
-	e.number, e.level, e.grant = number, level, grant
+	e.number, e.level, e.grant, e.until = number, level, grant, time.Time{}
 	if e.waiting.IsZero() {
 		e.waiting = e.config.Now()
 	}
 	e.mu.Unlock()
-	select {
-	case e.poke <- struct{}{}:
-	default:
-	}
+	e.wakeUp()
 }
 
 // stored notes that the store has a level, as of some revision.
@@ -73,8 +71,32 @@ func (e *exposer) stored(number uint64, revision federation.Revision) {
 	e.waiting = time.Time{}
 	if e.shown > 0 {
 		e.log.Info("what the source says is stored again", "after", e.config.Now().Sub(e.from).Round(time.Millisecond))
-		e.config.Store.Conceal(e.config.SourceID, revision)
-		e.shown, e.from = 0, time.Time{}
+		e.conceal(revision)
+	}
+}
+
+// conceal shows what is stored again, as of that revision; mu is held, and a level is shown.
+func (e *exposer) conceal(revision federation.Revision) {
+	e.config.Store.Conceal(e.config.SourceID, revision)
+	e.shown, e.from, e.until = 0, time.Time{}, time.Time{}
+}
+
+// reread notes that the source starts over: what is shown stays until it has said
+// something, but not for long.
+func (e *exposer) reread() {
+	e.mu.Lock()
+	e.level, e.waiting = nil, time.Time{}
+	if e.shown > 0 {
+		e.until = e.config.Now().Add(e.config.Linger)
+	}
+	e.mu.Unlock()
+	e.wakeUp()
+}
+
+func (e *exposer) wakeUp() {
+	select {
+	case e.poke <- struct{}{}:
+	default:
 	}
 }
 
@@ -84,8 +106,7 @@ func (e *exposer) forget() {
 	defer e.mu.Unlock()
 	e.level, e.waiting = nil, time.Time{}
 	if e.shown > 0 {
-		e.config.Store.Conceal(e.config.SourceID, 0)
-		e.shown, e.from = 0, time.Time{}
+		e.conceal(0)
 	}
 }
 
@@ -120,8 +141,16 @@ func (e *exposer) expose() time.Duration {
 	number, level, grant, shown := e.number, e.level, e.grant, e.shown
 	wait := e.config.Exposure - e.config.Now().Sub(e.waiting)
 	pending := level != nil && !e.waiting.IsZero() && number != shown
+	lingers := !e.until.IsZero()
+	left := e.until.Sub(e.config.Now())
+	if lingers && left <= 0 {
+		e.conceal(0)
+		lingers = false
+	}
 	e.mu.Unlock()
 	switch {
+	case lingers:
+		return left
 	case !pending:
 		return time.Hour
 	case shown == 0 && wait > 0 && !e.config.Store.Health().Degraded:

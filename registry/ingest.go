@@ -287,9 +287,11 @@ func (i *Ingest) take(ctx context.Context, source Source, session Session) {
 	i.log.Info("syncing the source")
 	if last := i.config.Store.Settled(i.config.SourceID); i.running != nil && last != i.seen && last != i.began {
 		// Another replica has stored what it saw since our caches were made, and they may be
-		// older: that of a process that was paused, or cut off, are.
+		// older: those of a process that was paused, or cut off, are. What is shown from
+		// memory may as well be newer than what is stored, and stays until the source was read.
 		i.log.Info("another replica has synced the source meanwhile, reading it anew")
-		i.stop()
+		i.halt()
+		i.exposer.reread()
 	}
 	i.setHolding(true)
 	if i.running == nil {
@@ -337,13 +339,17 @@ type runningSource struct {
 
 // stop ends the source and forgets what it said.
 func (i *Ingest) stop() {
-	if i.running == nil {
-		return
+	if i.running != nil {
+		i.halt()
+		i.exposer.forget()
 	}
+}
+
+// halt ends the source, and leaves what is shown of it.
+func (i *Ingest) halt() {
 	i.running.cancel()
 	<-i.running.done
 	i.running, i.settled = nil, time.Time{}
-	i.exposer.forget()
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	i.level, i.offered, i.observed = nil, false, false

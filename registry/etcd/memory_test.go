@@ -155,6 +155,60 @@ func TestSourcesAreShownFromMemoryWhileEtcdIsAway(t *testing.T) {
 	}
 }
 
+// The replica that lingered after one outage gets the session after the next one. Others
+// have stored something since its caches were made, so it reads the source anew, and goes on
+// showing what it showed meanwhile: what is stored is older.
+func TestASecondOutageBringsNothingBack(t *testing.T) {
+	t.Parallel()
+	a, b, near, member := newWatchers(t)
+	name := federation.ServiceName{Namespace: "shop", Name: "cart"}
+	report := func(n int) {
+		for _, w := range []*watcher{a, b} {
+			w.source.Set(registry.Level{Records: registrytest.Records(registrytest.Record(member.Source(), "shop", "cart", n))})
+		}
+	}
+	shows := func(store *etcd.Store, n int) {
+		t.Helper()
+		registrytest.Eventually(t, store, "it shows what the source says", func(s *federation.Snapshot) bool { return endpointsOf(s, name) == n })
+	}
+	until(t, "one of them syncs", func() bool { return a.state().Holding || b.state().Holding })
+	if b.state().Holding {
+		a, b = b, a
+	}
+	report(3)
+	for _, store := range []*etcd.Store{a.store, b.store, near} {
+		shows(store, 3)
+	}
+	a.set(true)
+	b.set(true)
+	report(2)
+	shows(a.store, 2)
+	shows(b.store, 2)
+	until(t, "the session is lost", func() bool { return !a.state().Holding && !b.state().Holding })
+	before := near.Settled(member.Source())
+	a.set(false)
+	shows(near, 2)
+	b.set(false)
+	until(t, "the second knows that the first has synced again", func() bool { return b.store.Settled(member.Source()) != before })
+	if s := b.state(); !s.Watching || s.Holding {
+		t.Fatalf("the second does not linger: %+v", s)
+	}
+
+	a.set(true)
+	b.set(true)
+	report(1)
+	shows(a.store, 1)
+	shows(b.store, 1)
+	b.source.Reading(500 * time.Millisecond)
+	seen := history(t, b.store, name)
+	b.set(false)
+	shows(near, 1)
+	until(t, "the second shows what is stored", func() bool { return b.state().Holding && b.state().Exposed.IsZero() })
+	if numbers := seen(); len(numbers) != 1 {
+		t.Errorf("on the way back it showed %v endpoints, want 1 at all times", numbers)
+	}
+}
+
 func TestCachesFromBeforeAnotherSessionAreNotWritten(t *testing.T) {
 	t.Parallel()
 	a, b, near, member := newWatchers(t)

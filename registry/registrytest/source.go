@@ -5,6 +5,7 @@ package registrytest
 import (
 	"context"
 	"sync"
+	"time"
 
 	"github.com/isthmus-mesh/isthmus/registry"
 )
@@ -19,6 +20,7 @@ type Source struct {
 	runs    int
 	running registry.Sink
 	broken  chan struct{}
+	reading time.Duration
 }
 
 var _ registry.Source = (*Source)(nil)
@@ -31,6 +33,13 @@ func (s *Source) Set(level registry.Level) {
 	if s.running != nil {
 		s.running.Offer(level)
 	}
+}
+
+// Reading makes every start take that long until the source reports.
+func (s *Source) Reading(d time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.reading = d
 }
 
 // Observe makes status what is known about the source.
@@ -65,6 +74,14 @@ func (s *Source) Runs() (runs int, running bool) {
 func (s *Source) Run(ctx context.Context, sink registry.Sink) error {
 	s.mu.Lock()
 	s.runs++
+	reading := s.reading
+	s.mu.Unlock()
+	select {
+	case <-ctx.Done():
+		return nil
+	case <-time.After(reading):
+	}
+	s.mu.Lock()
 	s.running = sink
 	s.broken = make(chan struct{})
 	broken := s.broken
