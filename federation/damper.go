@@ -17,7 +17,8 @@ type Damper struct {
 	// Share of the weight below which a change is none, in percent; zero means 5.
 	Share uint32
 
-	held map[WeightKey]heldWeight
+	held    map[WeightKey]heldWeight
+	waiting map[WeightKey]bool // those of held that are due some time
 }
 
 type heldWeight struct {
@@ -37,21 +38,25 @@ func (d *Damper) Weight(now time.Time, key WeightKey, ready uint32) uint32 {
 	switch {
 	case ready == 0:
 		delete(d.held, key)
+		delete(d.waiting, key)
 		return 0
 	case !ok:
 	case d.small(h.weight, ready):
 		h.due = time.Time{}
 		d.held[key] = h
+		delete(d.waiting, key)
 		return h.weight
 	case now.Sub(h.since) < d.interval():
 		h.due = h.since.Add(d.interval())
 		d.held[key] = h
+		d.waiting[key] = true
 		return h.weight
 	}
 	if d.held == nil {
-		d.held = map[WeightKey]heldWeight{}
+		d.held, d.waiting = map[WeightKey]heldWeight{}, map[WeightKey]bool{}
 	}
 	d.held[key] = heldWeight{weight: ready, since: now}
+	delete(d.waiting, key)
 	return ready
 }
 
@@ -59,8 +64,8 @@ func (d *Damper) Weight(now time.Time, key WeightKey, ready uint32) uint32 {
 // to be split again.
 func (d *Damper) Due(now time.Time) []WeightKey {
 	var out []WeightKey
-	for key, h := range d.held {
-		if !h.due.IsZero() && !h.due.After(now) {
+	for key := range d.waiting {
+		if !d.held[key].due.After(now) {
 			out = append(out, key)
 		}
 	}
@@ -70,9 +75,9 @@ func (d *Damper) Due(now time.Time) []WeightKey {
 // Next is when Due has something for the first time; false if nothing is held back.
 func (d *Damper) Next() (time.Time, bool) {
 	var next time.Time
-	for _, h := range d.held {
-		if !h.due.IsZero() && (next.IsZero() || h.due.Before(next)) {
-			next = h.due
+	for key := range d.waiting {
+		if due := d.held[key].due; next.IsZero() || due.Before(next) {
+			next = due
 		}
 	}
 	return next, !next.IsZero()
@@ -83,6 +88,7 @@ func (d *Damper) Forget(wanted func(WeightKey) bool) {
 	for key := range d.held {
 		if !wanted(key) {
 			delete(d.held, key)
+			delete(d.waiting, key)
 		}
 	}
 }

@@ -3,6 +3,7 @@
 package federation_test
 
 import (
+	"cmp"
 	"fmt"
 	"maps"
 	"net/netip"
@@ -310,4 +311,121 @@ func TestViewFromIsView(t *testing.T) {
 			}
 		}
 	})
+}
+
+// A maker's change log gives the same views as comparing does, whatever happened between
+// two looks, and however long ago the first was.
+func TestHistoryGivesTheSameViews(t *testing.T) {
+	t.Parallel()
+	rapid.Check(t, func(t *rapid.T) {
+		history, now := &History{}, drawWorld(t)
+		now.Workloads = map[WorkloadKey]*Workload{}
+		history.Append(now, Change{AnyService: true, AnyWorkload: true})
+		seen := now
+		prev := map[Scope]*View{}
+		for range rapid.IntRange(1, 8).Draw(t, "steps") {
+			now = drawStep(t, history, now)
+			if oneIn(t, 3) {
+				continue // nobody looks
+			}
+			for _, scope := range worldScopes {
+				v := now.ViewFrom(prev[scope], scope)
+				if a, b := plain(v), plain(now.View(scope)); a != b {
+					t.Fatalf("by the change log:\n%s\nafresh:\n%s", a, b)
+				}
+				compared := *v // a view that nobody computed from another
+				if got, want := v.Changed(prev[scope]), (&compared).Changed(prev[scope]); !slices.Equal(got, want) {
+					t.Fatalf("changed %v, compared %v", got, want)
+				}
+				prev[scope] = v
+				if !oneIn(t, 4) {
+					continue
+				}
+				foreign := *now // somebody exchanges the records and says nothing
+				foreign.Records = drawWorld(t).Records
+				if a, b := plain(foreign.ViewFrom(v, scope)), plain(foreign.View(scope)); a != b {
+					t.Fatalf("other records:\n%s\nafresh:\n%s", a, b)
+				}
+			}
+			got, want := now.ChangedWorkloads(seen), changedWorkloads(seen, now)
+			slices.SortFunc(got, func(a, b WorkloadKey) int { return cmp.Compare(a.UID, b.UID) })
+			if !slices.Equal(got, want) {
+				t.Fatalf("workloads changed: %v, compared %v", got, want)
+			}
+			seen = now
+		}
+	})
+}
+
+// drawStep is the next snapshot of a maker, who may name too much, or say that it does not
+// know.
+func drawStep(t *rapid.T, h *History, was *Snapshot) *Snapshot {
+	other := drawWorld(t)
+	next := *was
+	next.Revision++
+	next.Records, next.Workloads = maps.Clone(was.Records), maps.Clone(was.Workloads)
+	var c Change
+	for name, records := range other.Records {
+		switch {
+		case oneIn(t, 3):
+			next.Records[name] = records
+		case oneIn(t, 5):
+			delete(next.Records, name)
+		case oneIn(t, 3):
+			continue
+		}
+		c.Services = append(c.Services, name)
+	}
+	for range rapid.IntRange(0, 3).Draw(t, "workloads") {
+		key := WorkloadKey{Source: "kube:east", UID: fmt.Sprint(rapid.IntRange(1, 4).Draw(t, "uid"))}
+		if c.Workloads = append(c.Workloads, key); oneIn(t, 3) {
+			delete(next.Workloads, key)
+		} else if oneIn(t, 2) {
+			next.Workloads[key] = &Workload{UID: key.UID}
+		}
+	}
+	if oneIn(t, 4) {
+		next.Gateways = other.Gateways
+	}
+	if oneIn(t, 4) {
+		next.Addresses = other.Addresses
+	}
+	if oneIn(t, 6) {
+		next.Clusters, next.Standing = other.Clusters, other.Standing
+	}
+	if oneIn(t, 6) {
+		c = Change{AnyService: true, AnyWorkload: true}
+	}
+	h.Append(&next, c)
+	return &next
+}
+
+func changedWorkloads(a, b *Snapshot) []WorkloadKey {
+	var out []WorkloadKey
+	for i := range 5 {
+		key := WorkloadKey{Source: "kube:east", UID: fmt.Sprint(i)}
+		if a.Workloads[key] != b.Workloads[key] {
+			out = append(out, key)
+		}
+	}
+	return out
+}
+
+func TestHistoryForgets(t *testing.T) {
+	t.Parallel()
+	s := story(t, twoClusters+`
+		service east shop/cart 80/HTTP
+		pod e-0 10.0.0.1`)
+	h, first := &History{}, s.View(eastSees)
+	h.Append(s, Change{})
+	v := s.ViewFrom(first, eastSees)
+	for range 1000 { // far more than it keeps
+		next := *s
+		next.Records = map[ServiceName][]*Record{}
+		h.Append(&next, Change{Services: []ServiceName{{Namespace: "shop", Name: "cart"}}})
+		s = &next
+	}
+	if got := s.ViewFrom(v, eastSees).Services; len(got) != 0 {
+		t.Errorf("who was away too long did not notice that %v went", got[0].Name)
+	}
 }

@@ -30,6 +30,8 @@ type Snapshot struct {
 	// Standing of the sources that are not fresh (see StalePolicy). It is not stored:
 	// ages live in memory, and a snapshot is taken anew when one crosses a limit.
 	Standing map[SourceID]Standing
+
+	place place // in the history of its maker, if it has one
 }
 
 // WorkloadKey is how a credential names a workload.

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"weak"
 )
 
 // Scope says whose view: the proxies of one cluster on one network. Proxies of VMs have
@@ -40,8 +41,14 @@ type View struct {
 	// cluster's endpoints (of the own network's, for VMs). Empty if unknown.
 	Region string
 
-	byName map[ServiceName]*Service
-	shape  shape
+	shape     shape
+	place     place                     // of the snapshot, without its maps
+	addresses map[string]VirtualAddress // of the snapshot
+	regions   map[string]int            // how many endpoints stand where the proxies do, by region
+
+	// What differs from the view that it was computed from, ordered.
+	basis   weak.Pointer[View]
+	changed []ServiceName
 }
 
 // Group is the hops of one priority and locality to the endpoints of a service's port.
@@ -189,59 +196,184 @@ func (s *Service) VisibleTo(namespace string) bool {
 func (s *Snapshot) View(scope Scope) *View { return s.ViewFrom(nil, scope) }
 
 // ViewFrom is View, sharing with an earlier view of the same scope every service that did
-// not change since: one endpoint's change merges one service. A nil or foreign prev costs
-// a full computation.
+// not change since: one endpoint's change merges one service, and looks at no other if the
+// snapshot's maker keeps a History. A nil or foreign prev costs a full computation.
 func (s *Snapshot) ViewFrom(prev *View, scope Scope) *View {
-	v := &View{Scope: scope, Revision: s.Revision, shape: s.shape(scope)}
+	v := &View{Scope: scope, Revision: s.Revision, shape: s.shape(scope), addresses: s.Addresses}
+	if sameMap(s.place.records, s.Records) {
+		v.place = place{history: s.place.history, step: s.place.step}
+	}
+	v.Gateways = s.waysIn()
 	if prev != nil && !prev.shape.equal(v.shape) {
 		prev = nil
 	}
-	m := newMerger(s, scope)
-	v.Services = make([]*Service, 0, len(s.Records))
-	v.byName = make(map[ServiceName]*Service, len(s.Records))
-	for name, records := range s.Records {
-		var svc *Service
-		if prev != nil {
-			svc = prev.byName[name]
-		}
-		if svc == nil || !svc.current(s, records) {
-			svc = m.merge(name, records)
-		}
-		if svc != nil {
-			v.Services = append(v.Services, svc)
-			v.byName[name] = svc
-		}
+	if prev == nil || !v.amend(prev, s) {
+		v.compose(prev, s)
 	}
-	v.order(prev)
-	v.Gateways = s.waysIn()
-	v.Region = v.region()
-	v.Findings = v.collect()
+	if prev != nil {
+		v.basis = weak.Make(prev)
+	}
+	v.Region = winner(v.regions).region
 	return v
 }
 
-// Service returns the service with that name.
-func (v *View) Service(name ServiceName) (*Service, bool) {
-	s, ok := v.byName[name]
-	return s, ok
-}
-
-// Changed are the names of the services that differ between two views of one scope,
-// ordered; also those that came or went.
-func (v *View) Changed(prev *View) []ServiceName {
-	var out []ServiceName
-	for name, svc := range v.byName {
-		if prev == nil || prev.byName[name] != svc {
-			out = append(out, name)
+// compose looks at every service.
+func (v *View) compose(prev *View, s *Snapshot) {
+	m := newMerger(s, v.Scope)
+	v.Services = make([]*Service, 0, len(s.Records))
+	for name, records := range s.Records {
+		var old *Service
+		if prev != nil {
+			old, _ = prev.Service(name)
+		}
+		svc := m.renew(old, name, records)
+		if svc != nil {
+			v.Services = append(v.Services, svc)
+		}
+		if svc != old {
+			v.changed = append(v.changed, name)
 		}
 	}
+	slices.SortFunc(v.Services, func(a, b *Service) int { return a.Name.Compare(b.Name) })
 	if prev != nil {
-		for name := range prev.byName {
-			if _, ok := v.byName[name]; !ok {
-				out = append(out, name)
+		for _, old := range prev.Services {
+			if _, ok := s.Records[old.Name]; !ok {
+				v.changed = append(v.changed, old.Name)
 			}
 		}
 	}
-	slices.SortFunc(out, ServiceName.Compare)
+	slices.SortFunc(v.changed, ServiceName.Compare)
+	v.regions = map[string]int{}
+	for _, svc := range v.Services {
+		v.count(svc, 1)
+	}
+	v.Findings = v.collect()
+}
+
+// amend looks only at the services that the history names; false if it does not know.
+func (v *View) amend(prev *View, s *Snapshot) bool {
+	if !sameMap(prev.addresses, s.Addresses) {
+		return false
+	}
+	names, ok := s.changedServices(prev.place)
+	if !ok {
+		return false
+	}
+	m := newMerger(s, v.Scope)
+	fresh := make([]*Service, 0, len(names)) // of the changed ones; nil for those that went
+	for _, name := range names {
+		old, _ := prev.Service(name)
+		var svc *Service
+		if records := s.Records[name]; len(records) > 0 {
+			svc = m.renew(old, name, records)
+		}
+		if svc != old {
+			v.changed, fresh = append(v.changed, name), append(fresh, svc)
+		}
+	}
+	v.Services, v.regions, v.Findings = prev.Services, prev.regions, prev.Findings
+	if len(v.changed) > 0 {
+		v.exchange(prev, fresh)
+	}
+	if !v.complainsAlike(prev, fresh) {
+		v.Findings = v.collect()
+	}
+	return true
+}
+
+// exchange puts in the changed services.
+func (v *View) exchange(prev *View, fresh []*Service) {
+	v.Services, v.regions = make([]*Service, 0, len(prev.Services)+len(fresh)), maps.Clone(prev.regions)
+	rest := prev.Services
+	for i, name := range v.changed {
+		at, found := slices.BinarySearchFunc(rest, name, compareService)
+		v.Services = append(v.Services, rest[:at]...)
+		rest = rest[at:]
+		if found {
+			v.count(rest[0], -1)
+			rest = rest[1:]
+		}
+		if fresh[i] != nil {
+			v.count(fresh[i], 1)
+			v.Services = append(v.Services, fresh[i])
+		}
+	}
+	v.Services = append(v.Services, rest...)
+}
+
+// complainsAlike tells whether the findings are those of before.
+func (v *View) complainsAlike(prev *View, fresh []*Service) bool {
+	if !maps.EqualFunc(v.Gateways, prev.Gateways, slices.Equal[[]GatewayAddress]) {
+		return false
+	}
+	for i, name := range v.changed {
+		old, _ := prev.Service(name)
+		if old == nil {
+			old = &Service{}
+		}
+		svc := fresh[i]
+		if svc == nil {
+			svc = &Service{}
+		}
+		if !slices.Equal(old.findings, svc.findings) || !maps.EqualFunc(old.remote, svc.remote, func(int, int) bool { return true }) {
+			return false
+		}
+	}
+	return true
+}
+
+// count adds the regions of a service's endpoints to those of the view, or takes them away.
+func (v *View) count(s *Service, sign int) {
+	if s.home.n == 0 {
+		return
+	}
+	if v.regions[s.home.region] += sign * s.home.n; v.regions[s.home.region] == 0 {
+		delete(v.regions, s.home.region)
+	}
+}
+
+func compareService(s *Service, name ServiceName) int { return s.Name.Compare(name) }
+
+// Service returns the service with that name.
+func (v *View) Service(name ServiceName) (*Service, bool) {
+	i, ok := v.Index(name)
+	if !ok {
+		return nil, false
+	}
+	return v.Services[i], true
+}
+
+// Index is where in Services the one with that name stands, or would stand.
+func (v *View) Index(name ServiceName) (int, bool) {
+	return slices.BinarySearchFunc(v.Services, name, compareService)
+}
+
+// Changed are the names of the services that differ between two views of one scope,
+// ordered; also those that came or went. It costs nothing if v was computed from prev.
+func (v *View) Changed(prev *View) []ServiceName {
+	if prev != nil && v.basis == weak.Make(prev) {
+		return v.changed
+	}
+	var before []*Service
+	if prev != nil {
+		before = prev.Services
+	}
+	var out []ServiceName
+	i := 0
+	for _, svc := range v.Services {
+		for ; i < len(before) && before[i].Name.Compare(svc.Name) < 0; i++ {
+			out = append(out, before[i].Name)
+		}
+		if i < len(before) && before[i].Name == svc.Name {
+			if i++; before[i-1] == svc {
+				continue
+			}
+		}
+		out = append(out, svc.Name)
+	}
+	for ; i < len(before); i++ {
+		out = append(out, before[i].Name)
+	}
 	return out
 }
 
@@ -250,6 +382,15 @@ func (v *View) Changed(prev *View) []ServiceName {
 func (v *View) SameRoads(prev *View) bool {
 	return prev != nil && v.Region == prev.Region &&
 		maps.EqualFunc(v.Gateways, prev.Gateways, slices.Equal[[]GatewayAddress])
+}
+
+// renew is the service made of these records: the old one, which may be nil, if it still
+// holds.
+func (m *merger) renew(old *Service, name ServiceName, records []*Record) *Service {
+	if old != nil && old.current(m.snapshot, records) {
+		return old
+	}
+	return m.merge(name, records)
 }
 
 // current tells whether merging these records again would give the same service.
@@ -263,26 +404,6 @@ func (s *Service) current(snapshot *Snapshot, records []*Record) bool {
 		}
 	}
 	return true
-}
-
-// order sorts the services by name; after a view of the same names, without comparing.
-func (v *View) order(prev *View) {
-	if prev != nil && len(prev.Services) == len(v.Services) {
-		same := true
-		for i, old := range prev.Services {
-			svc, ok := v.byName[old.Name]
-			if !ok {
-				same = false
-				break
-			}
-			v.Services[i] = svc
-		}
-		if same {
-			return
-		}
-		v.Services = slices.Collect(maps.Values(v.byName))
-	}
-	slices.SortFunc(v.Services, func(a, b *Service) int { return a.Name.Compare(b.Name) })
 }
 
 // waysIn are the addresses of the ready gateways by network. Gateways of a draining
@@ -365,16 +486,6 @@ func winner(regions map[string]int) vote {
 		}
 	}
 	return best
-}
-
-func (v *View) region() string {
-	regions := map[string]int{}
-	for _, s := range v.Services {
-		if s.home.n > 0 {
-			regions[s.home.region] += s.home.n
-		}
-	}
-	return winner(regions).region
 }
 
 // collect gathers the services' findings, and names the networks that have endpoints but

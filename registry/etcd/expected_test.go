@@ -25,6 +25,58 @@ type pair struct {
 	baseline   *baseline
 	near, far  *replica
 	operations int
+	followers  [2]follower // of the two replicas
+}
+
+// follower is somebody who believes the change log.
+type follower struct {
+	snapshot *federation.Snapshot
+	view     *federation.View
+}
+
+// follow sees that the change log leaves nothing out.
+func (f *follower) follow(t *testing.T, r *replica, what string) {
+	t.Helper()
+	scope := federation.Scope{Cluster: "a", Network: "n1"}
+	joined := *r.snapshot // or else its services are nobody's
+	joined.Clusters = map[federation.ClusterID]*federation.Cluster{"a": {ID: "a", Name: "a", Network: "n1"}}
+	last, now := f.snapshot, &joined
+	f.snapshot, f.view = now, now.ViewFrom(f.view, scope)
+	if !reflect.DeepEqual(f.view.Services, now.View(scope).Services) {
+		t.Fatalf("%s: by the change log other services than there are", what)
+	}
+	if len(now.Records) > 0 && len(f.view.Services) == 0 {
+		t.Fatalf("%s: %d records, and no service is seen", what, len(now.Records))
+	}
+	if last == nil {
+		return
+	}
+	want := map[federation.WorkloadKey]bool{}
+	for key, w := range now.Workloads {
+		if last.Workloads[key] != w {
+			want[key] = true
+		}
+	}
+	for key := range last.Workloads {
+		if now.Workloads[key] == nil {
+			want[key] = true
+		}
+	}
+	got := map[federation.WorkloadKey]bool{}
+	for _, key := range now.ChangedWorkloads(last) {
+		got[key] = true
+	}
+	if !maps.Equal(got, want) {
+		t.Fatalf("%s: workloads changed: %v, but they did: %v", what, got, want)
+	}
+}
+
+// content is a snapshot without what its maker knows of it.
+func content(s *federation.Snapshot) federation.Snapshot {
+	return federation.Snapshot{
+		Revision: s.Revision, Clusters: s.Clusters, Records: s.Records, Workloads: s.Workloads,
+		Gateways: s.Gateways, Objects: s.Objects, Addresses: s.Addresses, Standing: s.Standing,
+	}
 }
 
 func newPair(source federation.SourceID) *pair {
@@ -70,7 +122,10 @@ func (p *pair) same(t *testing.T, level *registry.Level, what string) {
 	if len(p.near.expected) != 0 || len(p.far.quarantine) != 0 {
 		t.Fatalf("%s: still expected: %v; quarantined: %v", what, slices.Collect(maps.Keys(p.near.expected)), p.far.quarantine)
 	}
-	if !reflect.DeepEqual(p.near.snapshot, p.far.snapshot) {
+	for i, r := range []*replica{p.near, p.far} {
+		p.followers[i].follow(t, r, what)
+	}
+	if !reflect.DeepEqual(content(p.near.snapshot), content(p.far.snapshot)) {
 		t.Fatalf("%s: the writer sees something else than others\n%+v\n%+v", what, p.near.snapshot, p.far.snapshot)
 	}
 	if len(p.near.snapshot.Workloads) != len(level.Workloads) || len(p.near.snapshot.Records) != len(level.Records) {

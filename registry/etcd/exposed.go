@@ -82,7 +82,7 @@ func (r *replica) expose(source federation.SourceID, level *registry.Level) {
 	}
 	next.shown.Workloads = keepSame(level.Workloads, before.shown.Workloads, func(a, b *federation.Workload) bool { return reflect.DeepEqual(a, b) })
 	next.shown.Gateways = keepSame(level.Gateways, before.shown.Gateways, func(a, b *federation.Gateway) bool { return reflect.DeepEqual(a, b) })
-	r.dirtyWork = r.dirtyWork || !sameMap(next.shown.Workloads, before.shown.Workloads)
+	r.dirtyShown = r.dirtyShown || !sameMap(next.shown.Workloads, before.shown.Workloads)
 	r.dirtyGateways = r.dirtyGateways || !sameMap(next.shown.Gateways, before.shown.Gateways)
 	next.shown.Objects = make(map[registry.ObjectKind]map[registry.ObjectName]*federation.Object, len(level.Objects))
 	for kind, objects := range level.Objects {
@@ -131,7 +131,7 @@ func (r *replica) conceal(source federation.SourceID) {
 	if e.shown.Records != nil {
 		r.concealRecords(source, e)
 	}
-	r.dirtyWork = r.dirtyWork || e.shown.Workloads != nil
+	r.dirtyShown = r.dirtyShown || e.shown.Workloads != nil
 	r.dirtyGateways = r.dirtyGateways || e.shown.Gateways != nil
 	r.dirtyObjects = r.dirtyObjects || len(e.shown.Objects) > 0
 }
@@ -162,8 +162,8 @@ func (r *replica) concealStored() {
 	}
 }
 
-func (r *replica) publishWorkloads() map[federation.WorkloadKey]*federation.Workload {
-	r.gatherWorkloads()
+func (r *replica) publishWorkloads() (next map[federation.WorkloadKey]*federation.Workload, changed []federation.WorkloadKey, known bool) {
+	changed, known = r.gatherWorkloads()
 	next, cloned := r.workloads, false
 	for source, e := range r.exposed {
 		if e.shown.Workloads == nil {
@@ -177,7 +177,7 @@ func (r *replica) publishWorkloads() map[federation.WorkloadKey]*federation.Work
 			next[federation.WorkloadKey{Source: source, UID: uid}] = w
 		}
 	}
-	return next
+	return next, changed, known && !r.dirtyShown // what is stored of a source that is shown otherwise only names too much
 }
 
 // hidesObject tells whether another state of an object's kind is shown of its source.

@@ -45,13 +45,15 @@ type replica struct {
 	// What the next snapshot cannot share with the last one.
 	dirtyServices map[federation.ServiceName]bool
 	dirtyMembers  bool
-	dirtyWork     bool
+	dirtyWork     bool // bundles
+	dirtyShown    bool // workloads that are exposed
 	dirtyGateways bool
 	dirtyObjects  bool
 	dirtyAddrs    bool
 	dirtyVMs      bool
 
 	snapshot    *federation.Snapshot
+	history     federation.History // of the snapshots
 	memberViews map[federation.ClusterID]*registry.Member
 	vmViews     map[registry.VMName]*registry.VM
 }
@@ -569,21 +571,25 @@ func (r *replica) removeVM(k string) {
 // publish makes the next snapshot, which shares with the last one all that is not dirty;
 // false if nothing that anybody can see has changed.
 func (r *replica) publish() bool {
-	if len(r.dirtyServices) == 0 && !r.dirtyMembers && !r.dirtyWork && !r.dirtyGateways &&
+	if len(r.dirtyServices) == 0 && !r.dirtyMembers && !r.dirtyWork && !r.dirtyShown && !r.dirtyGateways &&
 		!r.dirtyObjects && !r.dirtyAddrs && !r.dirtyVMs {
 		return false
 	}
 	next := *r.snapshot
 	next.Revision = federation.Revision(r.revision)
+	var change federation.Change
 	if len(r.dirtyServices) > 0 {
 		next.Records = r.publishRecords(next.Records)
+		change.Services = slices.Collect(maps.Keys(r.dirtyServices))
 		clear(r.dirtyServices)
 	}
 	if r.dirtyMembers {
 		next.Clusters = r.publishMembers()
 	}
-	if r.dirtyWork {
-		next.Workloads = r.publishWorkloads()
+	if r.dirtyWork || r.dirtyShown {
+		known := false
+		next.Workloads, change.Workloads, known = r.publishWorkloads()
+		change.AnyWorkload = !known
 	}
 	if r.dirtyGateways {
 		next.Gateways = r.publishGateways()
@@ -597,7 +603,8 @@ func (r *replica) publish() bool {
 	if r.dirtyVMs {
 		r.publishVMs()
 	}
-	r.dirtyMembers, r.dirtyWork, r.dirtyGateways, r.dirtyObjects, r.dirtyAddrs, r.dirtyVMs = false, false, false, false, false, false
+	r.dirtyMembers, r.dirtyWork, r.dirtyShown, r.dirtyGateways, r.dirtyObjects, r.dirtyAddrs, r.dirtyVMs = false, false, false, false, false, false, false
+	r.history.Append(&next, change)
 	r.snapshot = &next
 	return true
 }

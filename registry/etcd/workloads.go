@@ -169,21 +169,26 @@ func (r *replica) setBundle(k string, list []*federation.Workload) {
 	r.dirtyWork = true
 }
 
-// gatherWorkloads brings the workloads up to date with the bundles that changed. The map
-// of before is left as it was.
-func (r *replica) gatherWorkloads() {
+// gatherWorkloads brings the workloads up to date with the bundles that changed, and tells
+// which may have. The map of before is left as it was.
+func (r *replica) gatherWorkloads() (changed []federation.WorkloadKey, known bool) {
 	if len(r.leaving) == 0 {
-		return
+		return nil, true
 	}
+	known = true
 	next := maps.Clone(r.workloads)
 	for _, list := range r.leaving {
 		for _, w := range list {
-			delete(next, federation.WorkloadKey{Source: w.Source, UID: w.UID})
+			k := federation.WorkloadKey{Source: w.Source, UID: w.UID}
+			delete(next, k)
+			changed = append(changed, k)
 		}
 	}
 	for k := range r.leaving {
 		for _, w := range r.bundles[k] {
-			next[federation.WorkloadKey{Source: w.Source, UID: w.UID}] = w
+			k := federation.WorkloadKey{Source: w.Source, UID: w.UID}
+			next[k] = w
+			changed = append(changed, k)
 		}
 	}
 	total := 0
@@ -197,9 +202,11 @@ func (r *replica) gatherWorkloads() {
 				next[federation.WorkloadKey{Source: w.Source, UID: w.UID}] = w
 			}
 		}
+		known = false
 	}
 	r.workloads = next
 	r.leaving = map[string][]*federation.Workload{}
+	return changed, known
 }
 
 // takeBundles collects the workloads that are stored for a source. A bundle that cannot be
