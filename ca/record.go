@@ -12,8 +12,8 @@ import (
 	"time"
 )
 
-// Phase is where an issuer stands in its life. This release makes issuers active at once and retires them when
-// their successor is there; the phases between belong to acknowledged rotation, the last ones to emergencies.
+// Phase is where an issuer stands in its life. The first issuer of a scope, and one that replaces another that
+// grows old, are active at once; a rotation takes them through all phases. The last ones belong to emergencies.
 type Phase string
 
 // The phases, in order; Tainted and what follows it leave the order after Active.
@@ -33,7 +33,7 @@ const (
 // trusted tells whether a root in this phase belongs into the bundle.
 func (p Phase) trusted() bool {
 	switch p {
-	case PhasePublished, PhaseDistributed, PhaseActive, PhaseRetiring, PhaseTainted, PhaseReissued:
+	case PhasePublished, PhaseDistributed, PhaseActive, PhaseRetiring, PhaseDrained, PhaseTainted, PhaseReissued:
 		return true
 	}
 	return false
@@ -66,6 +66,7 @@ type record struct {
 	Sequence uint64         `json:"sequence"`               // of the bundle; 0 but in the root's record
 	Domain   string         `json:"trust_domain,omitempty"` // in the root's record, of an authority whose certificate does not say
 	Issuers  []issuerRecord `json:"issuers"`
+	Rotation *rotation      `json:"rotation"` // the one that goes on, if any
 
 	raw json.RawMessage // as read, for the fields this release does not know
 }
@@ -77,6 +78,13 @@ type issuerRecord struct {
 	Since       time.Time `json:"since"` // when it entered this phase
 	Certificate []byte    `json:"certificate"`
 	Key         []byte    `json:"key"` // whatever Keys stores; empty once destroyed
+
+	// Longest is the lifetime that nothing it signs exceeds, in seconds. The one number that is kept instead of
+	// a row for each leaf; 0, in old records, means MaxLifetime.
+	Longest int64 `json:"longest"`
+
+	// Bridge certifies the key of a root by the root before it, for consumers that have only that one.
+	Bridge []byte `json:"bridge"`
 
 	// Of an authority that was brought along: the roots to trust instead of the certificate, and the authorities
 	// between the two, the one that signed the certificate first.
@@ -153,6 +161,14 @@ func (r record) active() int {
 		}
 	}
 	return -1
+}
+
+// bridges is the bridge, if there is one.
+func (i issuerRecord) bridges() [][]byte {
+	if len(i.Bridge) == 0 {
+		return nil
+	}
+	return [][]byte{i.Bridge}
 }
 
 // path is the roots to trust for an issuer of the root's record, and what lies between them and the issuers below
@@ -241,7 +257,7 @@ func (r record) check() error {
 		if authorityID(cert) != i.ID {
 			return fmt.Errorf("%s: issuer %s: %w: its certificate is that of %s", recordKey(r.Scope), i.ID, ErrCorrupt, authorityID(cert))
 		}
-		for _, der := range slices.Concat(i.Anchors, i.Between) {
+		for _, der := range slices.Concat(i.Anchors, i.Between, i.bridges()) {
 			if _, err := x509.ParseCertificate(der); err != nil {
 				return fmt.Errorf("%s: chain of issuer %s: %w: %v", recordKey(r.Scope), i.ID, ErrCorrupt, err)
 			}
@@ -253,5 +269,5 @@ func (r record) check() error {
 	if active > 1 {
 		return fmt.Errorf("%s: %w: %d active issuers", recordKey(r.Scope), ErrCorrupt, active)
 	}
-	return nil
+	return r.checkRotation()
 }

@@ -259,7 +259,7 @@ func TestNewerReleases(t *testing.T) {
 		t.Fatal(err)
 	}
 	extended := ca.ReencodeRecord(t, e, s, func(body map[string]any) {
-		body["rotation"] = map[string]any{"step": 7}
+		body["emergency"] = map[string]any{"step": 7}
 		body["issuers"].([]any)[0].(map[string]any)["note"] = "kept"
 	})
 	state := new(ca.Memory)
@@ -277,7 +277,7 @@ func TestNewerReleases(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if text := string(after.Value); !strings.Contains(text, `"rotation":{"step":7}`) || !strings.Contains(text, `"note":"kept"`) {
+	if text := string(after.Value); !strings.Contains(text, `"emergency":{"step":7}`) || !strings.Contains(text, `"note":"kept"`) {
 		t.Errorf("fields are lost: %s", text)
 	}
 	if a.Bundle().Sequence <= c.Bundle().Sequence {
