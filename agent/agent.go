@@ -25,6 +25,7 @@ import (
 	"github.com/isthmus-mesh/isthmus/agent/relay"
 	"github.com/isthmus-mesh/isthmus/agent/report"
 	"github.com/isthmus-mesh/isthmus/agent/sds"
+	"github.com/isthmus-mesh/isthmus/ca/workloadapi"
 )
 
 // dialTimeout bounds each attempt to reach meshd.
@@ -44,7 +45,8 @@ type Agent struct {
 	names   *dns.Server // nil without DNS
 	process *envoy.Process
 	status  *health.Server
-	checker *report.Checker // VM only
+	checker *report.Checker     // VM only
+	svids   *workloadapi.Server // nil without a socket for it
 	metrics *prometheus.Registry
 
 	listening listening
@@ -101,6 +103,9 @@ func New(c Config, log *slog.Logger) (*Agent, error) {
 	}
 	if c.Role == VM {
 		a.checker = a.newChecker()
+	}
+	if c.WorkloadSocket != "" {
+		a.svids = a.newWorkloadAPI()
 	}
 	a.status = a.newStatus(probes)
 	a.register()
@@ -211,6 +216,9 @@ func (a *Agent) serve(live context.Context, parts *errgroup.Group) {
 	parts.Go(func() error { return serveHTTP(live, a.listening.status, a.status.Handler()) })
 	if a.names != nil {
 		parts.Go(func() error { return a.names.Serve(live, a.listening.packets, a.listening.streams) })
+	}
+	if a.svids != nil {
+		parts.Go(func() error { return a.svids.Serve(live, a.listening.workload) })
 	}
 	if a.config.Redirect {
 		parts.Go(func() error { return a.keepRedirected(live) })

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math/big"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -23,6 +24,8 @@ import (
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
+	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+	"github.com/spiffe/go-spiffe/v2/workloadapi"
 
 	"github.com/isthmus-mesh/isthmus/agent"
 	"github.com/isthmus-mesh/isthmus/api"
@@ -36,6 +39,7 @@ const listenerType = "type.googleapis.com/envoy.config.listener.v3.Listener"
 type pod struct {
 	*mesh
 	config  agent.Config
+	agent   *agent.Agent
 	inbound string // the address of Envoy's mutual TLS listener
 	stop    context.CancelFunc
 	ended   chan error
@@ -82,6 +86,8 @@ func start(t *testing.T, workload http.Handler) *pod {
 		ReadyAddress: local(), StatusAddress: local(), DNSAddresses: []string{local()},
 		AdminPort: uint16(ports.Free(t)), StatsPort: uint16(ports.Free(t)),
 		Drain: 2 * time.Second, DrainAtLeast: 100 * time.Millisecond,
+		WorkloadSocket: filepath.Join(shortDir(t), "new", "socket"),
+
 		Probes:  fmt.Sprintf(`{"web/readyz":{"http":{"path":"/ready","port":%d}}}`, appPort),
 		Version: "test",
 	}
@@ -107,7 +113,7 @@ func (p *pod) run(t *testing.T) {
 		t.Fatal(err)
 	}
 	ctx, stop := context.WithCancel(context.Background())
-	p.stop = stop
+	p.stop, p.agent = stop, one
 	go func() { p.ended <- one.Run(ctx) }()
 	t.Cleanup(func() { p.end(t) })
 }
@@ -243,6 +249,47 @@ func TestAPodIsProbedAndScrapedThroughTheAgent(t *testing.T) {
 			t.Errorf("metrics lack %s", name)
 		}
 	}
+}
+
+// The workload asks for its identity with the library that everybody uses, and is told
+// when it has been renewed.
+func TestAWorkloadGetsItsIdentity(t *testing.T) {
+	t.Parallel()
+	p := start(t, http.HandlerFunc(workload))
+	eventually(t, "ready", p.ready)
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	source, err := workloadapi.NewX509Source(ctx, workloadapi.WithClientOptions(workloadapi.WithAddr("unix://"+p.config.WorkloadSocket)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer source.Close()
+	first, err := source.GetX509SVID()
+	if err != nil || first.ID.String() != "spiffe://cluster.local/ns/shop/sa/default" {
+		t.Fatalf("got %v, %v", first, err)
+	}
+	config := tlsconfig.MTLSClientConfig(source, source, tlsconfig.AuthorizeID(first.ID))
+	config.NextProtos = []string{"istio"}
+	conn, err := tls.Dial("tcp", p.inbound, config)
+	if err != nil {
+		t.Fatalf("a connection with that identity: %v", err)
+	}
+	conn.Close()
+	p.agent.Renew()
+	for first.Certificates[0].SerialNumber.Cmp(serial(t, source)) == 0 {
+		if err := source.WaitUntilUpdated(ctx); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func serial(t *testing.T, source *workloadapi.X509Source) *big.Int {
+	t.Helper()
+	svid, err := source.GetX509SVID()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return svid.Certificates[0].SerialNumber
 }
 
 func TestABrokenStreamComesBackWithWhatItHolds(t *testing.T) {

@@ -80,6 +80,11 @@ type Config struct {
 	// RunDir holds socket, bootstrap and process number; empty means
 	// /var/run/isthmus. StateDir holds key and certificate; empty means RunDir.
 	RunDir, StateDir string
+	// WorkloadSocket is where the SPIFFE Workload API is served; empty means nowhere.
+	// WorkloadUsers are the user IDs that may ask it; nil means everybody who can open
+	// the socket, and on a VM root alone.
+	WorkloadSocket string
+	WorkloadUsers  []uint32
 	// ResolvConf; empty means /etc/resolv.conf.
 	ResolvConf string
 
@@ -151,6 +156,9 @@ func (c *Config) complete() error {
 	}
 	if len(c.Addresses) == 0 {
 		return fmt.Errorf("%w: no address of the workload", ErrConfig)
+	}
+	if c.WorkloadSocket != "" && !filepath.IsAbs(c.WorkloadSocket) {
+		return fmt.Errorf("%w: workload socket %q: want an absolute path", ErrConfig, c.WorkloadSocket)
 	}
 	return c.readLabels()
 }

@@ -17,6 +17,7 @@ import (
 type listening struct {
 	socket, ready, status net.Listener
 	probe                 net.Listener // gateway only
+	workload              net.Listener // where it is asked for
 	packets               []net.PacketConn
 	streams               []net.Listener
 }
@@ -41,6 +42,11 @@ func (l *listening) open(ctx context.Context, c *Config) (err error) {
 	if c.Role == Gateway {
 		if l.probe, err = config.Listen(ctx, "tcp", c.ProbeAddress); err != nil {
 			return fmt.Errorf("probes: %w", err)
+		}
+	}
+	if c.WorkloadSocket != "" {
+		if l.workload, err = listenWorkload(ctx, c.WorkloadSocket); err != nil {
+			return err
 		}
 	}
 	if c.NoDNS {
@@ -73,7 +79,7 @@ func (l *listening) openDNS(ctx context.Context, address string) error {
 }
 
 func (l *listening) close() {
-	for _, one := range append([]net.Listener{l.socket, l.ready, l.status, l.probe}, l.streams...) {
+	for _, one := range append([]net.Listener{l.socket, l.ready, l.status, l.probe, l.workload}, l.streams...) {
 		if one != nil {
 			one.Close()
 		}

@@ -83,10 +83,17 @@ var guards = []guard{
 	{"X-11-chain", "TestVerifiedOnce", "verified.go", "!slices.Equal(c.above, pointers(chain[1:]))", "!off && !slices.Equal(c.above, pointers(chain[1:]))"},
 	{"X-12", "TestSpiffeX509/X-12", "verify.go", "if !id.MemberOf(td) {", "if !id.MemberOf(td) && !off {"},
 	{"X-12", "TestSpiffeX509/X-12", "verify.go", "if !slices.Equal(issuer.PermittedURIDomains, ", "if !off && !slices.Equal(issuer.PermittedURIDomains, "},
+
+	{"W-2", "TestSpiffeWorkloadAPI/W-2", "workloadapi/caller.go", "values[0] != securityValue {", "values[0] != securityValue && !off {"},
+	{"W-2-absent", "TestSpiffeWorkloadAPI/W-2", "workloadapi/caller.go", "len(values) != 1 ||", "len(values) != 1 && !(off && len(values) == 0) || len(values) > 0 &&"},
+	{"W-4", "TestSpiffeWorkloadAPI/W-4", "workloadapi/server.go", "if errors.Is(err, ErrNoIdentity) {", "if errors.Is(err, ErrNoIdentity) && !off {"},
+	{"W-7", "TestSpiffeWorkloadAPI/W-7", "workloadapi/server.go", "if err == nil && (svid.ID == \"\"", "if err == nil && !off && (svid.ID == \"\""},
+	{"W-users", "TestUsers", "workloadapi/caller.go", "!slices.Contains(s.Users, caller.UID) {", "!slices.Contains(s.Users, caller.UID) && !off {"},
+	{"W-limits", "TestLimits", "workloadapi/caller.go", "if *of(u) >= limit {", "if *of(u) >= limit && !off {"},
 }
 
 // guardRooms are the packages that have guards, and the tests that miss them.
-var guardRooms = []string{".", "attest", "caserver", "etcd", "../agent/identity"}
+var guardRooms = []string{".", "attest", "caserver", "etcd", "workloadapi", "../agent/identity"}
 
 var offWord = regexp.MustCompile(`\boff\b`)
 

@@ -4,6 +4,7 @@ package inject_test
 
 import (
 	"bytes"
+	"fmt"
 	"strings"
 	"testing"
 
@@ -166,6 +167,44 @@ func TestTwiceIsOnce(t *testing.T) {
 	}
 	if len(result.Injected) != 0 || len(result.Unchanged) != 1 {
 		t.Errorf("result %+v", result)
+	}
+}
+
+func TestTheWorkloadAPIIsForWhoAsks(t *testing.T) {
+	t.Parallel()
+	const volume, folder, variable = "isthmus-workload", "/var/run/secrets/workload-spiffe-uds", "SPIFFE_ENDPOINT_SOCKET"
+	mounts := func(c corev1.Container) (at string) {
+		for _, m := range c.VolumeMounts {
+			if m.Name == volume {
+				at += fmt.Sprint(m.MountPath, m.ReadOnly)
+			}
+		}
+		return at
+	}
+	wish := strings.Replace(deployment, "annotations: {", `annotations: {isthmus-mesh.io/workload-api: "true", `, 1)
+	once, _ := run(t, wish)
+	pod := template(t, once)
+	if got := pod.Spec.InitContainers[1]; mounts(got) != folder+"false" || env(got, "MESH_WORKLOAD_SOCKET") != folder+"/socket" {
+		t.Errorf("the proxy has it at %q, socket %q", mounts(got), env(got, "MESH_WORKLOAD_SOCKET"))
+	}
+	if got := mounts(pod.Spec.InitContainers[0]); got != "" {
+		t.Errorf("what programs redirection has it at %q", got)
+	}
+	for _, c := range append(pod.Spec.Containers, pod.Spec.InitContainers[2]) {
+		if mounts(c) != folder+"true" || env(c, variable) != "unix://"+folder+"/socket" {
+			t.Errorf("%s has it at %q, variable %q", c.Name, mounts(c), env(c, variable))
+		}
+	}
+	if twice, _ := run(t, once); twice != once {
+		t.Error("the second injection changes something:", cmp.Diff(once, twice))
+	}
+	// Whoever takes the wish back loses the socket, and nobody has it who did not ask.
+	back, _ := run(t, strings.Replace(once, `isthmus-mesh.io/workload-api: "true"`, `isthmus-mesh.io/workload-api: "false"`, 1))
+	never, _ := run(t, deployment)
+	for _, out := range []string{back, never} {
+		if strings.Contains(out, volume) || strings.Contains(out, variable) || strings.Contains(out, "MESH_WORKLOAD_SOCKET") {
+			t.Errorf("a socket that nobody asks for:\n%s", out)
+		}
 	}
 }
 

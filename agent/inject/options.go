@@ -95,6 +95,10 @@ type captured struct {
 	variable, own, istio string
 }
 
+// workloadAPI is the annotation that gives the containers of a pod the SPIFFE Workload
+// API, for their own identity.
+const workloadAPI = annotationPrefix + "workload-api"
+
 // accessLog is the annotation that makes a proxy log what passes through it.
 const accessLog = annotationPrefix + "access-log"
 

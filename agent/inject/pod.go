@@ -17,6 +17,13 @@ const (
 	tokenVolume = "isthmus-token"
 	rootVolume  = "isthmus-root"
 	podVolume   = "isthmus-pod"
+	// socketVolume is the only one that the workload's containers share.
+	socketVolume = "isthmus-workload"
+	// socketFolder and the name of the socket are those that other meshes use too.
+	socketFolder = "/var/run/secrets/workload-spiffe-uds"
+	socketPath   = socketFolder + "/socket"
+	socketEnv    = "SPIFFE_ENDPOINT_SOCKET"
+	socketValue  = "unix://" + socketPath
 
 	proxyUser = 1337
 
@@ -48,7 +55,9 @@ func Pod(t *corev1.PodTemplateSpec, o Options) (skipped string, err error) {
 	}
 	metrics := rewriteMetrics(work, former)
 	env := captureEnv(work)
-	work.Spec.InitContainers = append([]corev1.Container{initContainer(o, env), proxyContainer(o, slices.Concat(env, accessLogEnv(work)), probes, metrics)}, work.Spec.InitContainers...)
+	proxy := proxyContainer(o, slices.Concat(env, accessLogEnv(work)), probes, metrics)
+	shareSocket(work, &proxy)
+	work.Spec.InitContainers = append([]corev1.Container{initContainer(o, env), proxy}, work.Spec.InitContainers...)
 	work.Spec.Volumes = append(work.Spec.Volumes, volumes(o)...)
 	if work.Labels == nil {
 		work.Labels = map[string]string{}
@@ -76,9 +85,42 @@ func take(t *corev1.PodTemplateSpec) *corev1.Container {
 		}
 		return c.Name == ProxyContainer || c.Name == InitContainer
 	})
-	ours := []string{runVolume, tokenVolume, rootVolume, podVolume}
+	eachContainer(t, func(c *corev1.Container) {
+		c.VolumeMounts = slices.DeleteFunc(c.VolumeMounts, func(m corev1.VolumeMount) bool { return m.Name == socketVolume })
+		c.Env = slices.DeleteFunc(c.Env, func(e corev1.EnvVar) bool { return e.Name == socketEnv && e.Value == socketValue })
+	})
+	ours := []string{runVolume, tokenVolume, rootVolume, podVolume, socketVolume}
 	t.Spec.Volumes = slices.DeleteFunc(t.Spec.Volumes, func(v corev1.Volume) bool { return slices.Contains(ours, v.Name) })
 	return former
+}
+
+// eachContainer changes every container of the workload, also those that run before
+// the others.
+func eachContainer(t *corev1.PodTemplateSpec, change func(*corev1.Container)) {
+	for _, list := range [][]corev1.Container{t.Spec.InitContainers, t.Spec.Containers} {
+		for i := range list {
+			change(&list[i])
+		}
+	}
+}
+
+// shareSocket lets the workload's containers reach the Workload API, where the
+// annotation asks for it. The proxy has started when they do.
+func shareSocket(t *corev1.PodTemplateSpec, proxy *corev1.Container) {
+	if on, err := strconv.ParseBool(t.Annotations[workloadAPI]); err != nil || !on {
+		return
+	}
+	proxy.Env = append(proxy.Env, corev1.EnvVar{Name: "MESH_WORKLOAD_SOCKET", Value: socketPath})
+	proxy.VolumeMounts = append(proxy.VolumeMounts, corev1.VolumeMount{Name: socketVolume, MountPath: socketFolder})
+	eachContainer(t, func(c *corev1.Container) {
+		c.VolumeMounts = append(c.VolumeMounts, corev1.VolumeMount{Name: socketVolume, MountPath: socketFolder, ReadOnly: true})
+		if !slices.ContainsFunc(c.Env, func(e corev1.EnvVar) bool { return e.Name == socketEnv }) {
+			c.Env = append(c.Env, corev1.EnvVar{Name: socketEnv, Value: socketValue})
+		}
+	})
+	t.Spec.Volumes = append(t.Spec.Volumes, corev1.Volume{Name: socketVolume, VolumeSource: corev1.VolumeSource{
+		EmptyDir: &corev1.EmptyDirVolumeSource{Medium: corev1.StorageMediumMemory},
+	}})
 }
 
 func formerEnv(former *corev1.Container, name string) string {

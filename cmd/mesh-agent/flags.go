@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"net/netip"
+	"os/user"
 	"strconv"
 	"strings"
 	"time"
@@ -95,6 +96,7 @@ type proxyFlags struct {
 
 	drain, drainAtLeast, concurrency, envoyUID string
 	logLevel, logFormat, accessLog             string
+	workloadUsers                              string
 }
 
 func (f *proxyFlags) bind(flags *pflag.FlagSet, get func(string) string) {
@@ -125,6 +127,8 @@ func (f *proxyFlags) bind(flags *pflag.FlagSet, get func(string) string) {
 	e.text(&c.RunDir, "run-dir", "MESH_RUN_DIR", "/var/run/isthmus", "folder for socket and bootstrap")
 	e.text(&c.StateDir, "state-dir", "MESH_STATE_DIR", "", "folder for key and certificate; the run folder if empty")
 	e.text(&c.ResolvConf, "resolv-conf", "MESH_RESOLV_CONF", "/etc/resolv.conf", "file that names the resolvers for other names")
+	e.text(&c.WorkloadSocket, "workload-socket", "MESH_WORKLOAD_SOCKET", "", "serve the SPIFFE Workload API to the workload on this Unix socket; empty is nowhere")
+	e.text(&f.workloadUsers, "workload-users", "MESH_WORKLOAD_USERS", "", "users that may ask the Workload API, names or numbers separated by commas; empty is everybody who can open the socket, on a virtual machine root alone")
 	e.text(&f.redirect, "redirect", "MESH_REDIRECT", "", "program redirection and undo it at the end: true or false; empty is true on a virtual machine")
 	e.text(&f.drain, "drain", "MESH_DRAIN_DURATION", "0s", "how long connections may finish at the end; 0 is 5s, for a gateway 30s")
 	e.text(&f.drainAtLeast, "drain-at-least", "MESH_DRAIN_AT_LEAST", "0s", "how long to wait even without connections; 0 is 2s, for a gateway 10s")
@@ -157,6 +161,7 @@ func (f *proxyFlags) config() (agent.Config, error) {
 	}
 	err = errors.Join(err,
 		list(&c.Addresses, "addresses", f.addresses, netip.ParseAddr),
+		list(&c.WorkloadUsers, "workload-users", f.workloadUsers, parseUser),
 		duration(&c.Drain, "drain", f.drain),
 		duration(&c.DrainAtLeast, "drain-at-least", f.drainAtLeast),
 		boolean(&c.AccessLog, "access-log", f.accessLog),
@@ -208,6 +213,19 @@ func parsePrefix(text string) (netip.Prefix, error) {
 func parsePort(text string) (uint16, error) {
 	n, err := strconv.ParseUint(text, 10, 16)
 	return uint16(n), err
+}
+
+// parseUser accepts the number of a user, or a name that this machine knows.
+func parseUser(text string) (uint32, error) {
+	if n, err := strconv.ParseUint(text, 10, 32); err == nil {
+		return uint32(n), nil
+	}
+	known, err := user.Lookup(text)
+	if err != nil {
+		return 0, err
+	}
+	n, err := strconv.ParseUint(known.Uid, 10, 32)
+	return uint32(n), err
 }
 
 func boolean(to *bool, name, text string) error {

@@ -368,6 +368,8 @@ MESH_RUN_DIR=$RUN
 MESH_ENVOY=$envoy
 MESH_REDIRECT=$capture
 TEXT
+	# What the machine's owner decides stays.
+	if [ -f "$CONF/agent.env" ]; then sed -n '/^MESH_WORKLOAD_/p' "$CONF/agent.env" >>"$work/agent.env"; fi
 }
 
 # write_service makes what does systemd's work where there is none.
@@ -529,7 +531,7 @@ uninstall() {
 		esac
 	done <"$work/backwards"
 	rm -f "$LOG"
-	rm -rf "$RUN"
+	rm -rf "$RUN" "$RUN-workload"
 	# Key and certificate are ours whatever the manifest says.
 	rm -f "$STATE"/identity.pem "$STATE"/identity.pem.key "$STATE"/manifest
 	while read -r what path; do

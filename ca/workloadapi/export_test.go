@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package workloadapi
+
+import (
+	"testing"
+
+	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"google.golang.org/protobuf/proto"
+)
+
+// CallUndecoded makes the calls that take arguments, with arguments as they come over the wire.
+func CallUndecoded(t testing.TB, s *Server, fetch, validate []byte) {
+	t.Helper()
+	var f workload.JWTSVIDRequest
+	if proto.Unmarshal(fetch, &f) == nil {
+		if answer, err := s.FetchJWTSVID(t.Context(), &f); err == nil {
+			t.Errorf("%v was answered by %v", &f, answer)
+		}
+	}
+	var v workload.ValidateJWTSVIDRequest
+	if proto.Unmarshal(validate, &v) == nil {
+		if answer, err := s.ValidateJWTSVID(t.Context(), &v); err == nil {
+			t.Errorf("%v was answered by %v", &v, answer)
+		}
+	}
+}
