@@ -11,12 +11,9 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"context"
-	"encoding/json"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -64,7 +61,9 @@ func run(ctx context.Context, only []string) int {
 		}
 		fmt.Printf("== %s: %s (%s)\n\n", p.name, verdict, time.Since(start).Round(time.Second))
 		if ctx.Err() != nil {
-			break
+			t.print(os.Stdout)
+			fmt.Println("interrupted: the rest did not run")
+			return 1
 		}
 	}
 	t.print(os.Stdout)
@@ -105,7 +104,11 @@ func endToEnd(ctx context.Context, t *tally) error {
 		return err
 	}
 	// One package at a time: two worlds of clusters fill this size of machine.
-	return t.goTest(ctx, append([]string{"-p=1", "-timeout=40m"}, packages...)...)
+	err = t.goTest(ctx, append([]string{"-p=1", "-timeout=40m"}, packages...)...)
+	if stories := t.again(); err != nil && ctx.Err() == nil && len(stories) > 0 {
+		return runAgain(ctx, t, stories)
+	}
+	return err
 }
 
 func packages(ctx context.Context, keep func(string) bool) ([]string, error) {
@@ -115,114 +118,4 @@ func packages(ctx context.Context, keep func(string) bool) ([]string, error) {
 	}
 	all := strings.Fields(string(out))
 	return slices.DeleteFunc(all, func(p string) bool { return !keep(p) }), nil
-}
-
-// tally counts tests over all phases. Only leaves count: a test that has subtests is the
-// sum of them.
-type tally struct {
-	passed, failed int
-	failures       []string
-	skipped        []string // "package test: reason"
-}
-
-// event is a line of "go test -json" (go doc test2json).
-type event struct {
-	Action  string
-	Package string
-	Test    string
-	Output  string
-	Elapsed float64
-}
-
-func (t *tally) goTest(ctx context.Context, args ...string) error {
-	cmd := exec.CommandContext(ctx, "go", append([]string{"test", "-json"}, args...)...)
-	cmd.Stderr = os.Stderr
-	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
-	cmd.WaitDelay = time.Minute // tests remove what they made
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		return err
-	}
-	if err := cmd.Start(); err != nil {
-		return err
-	}
-	t.read(out)
-	return cmd.Wait()
-}
-
-func (t *tally) read(r io.Reader) {
-	output := map[string][]string{} // of tests still running, by package and test
-	parents := map[string]bool{}
-	lines := bufio.NewScanner(r)
-	lines.Buffer(nil, 16<<20)
-	for lines.Scan() {
-		var e event
-		if json.Unmarshal(lines.Bytes(), &e) != nil {
-			fmt.Println(lines.Text()) // a build error, say
-			continue
-		}
-		key := e.Package + " " + e.Test
-		switch e.Action {
-		case "run":
-			if i := strings.LastIndex(e.Test, "/"); i >= 0 {
-				parents[e.Package+" "+e.Test[:i]] = true
-			}
-		case "output", "build-output":
-			if e.Action == "build-output" {
-				fmt.Print(e.Output)
-			}
-			output[key] = append(output[key], e.Output)
-		case "pass", "fail", "skip":
-			t.end(e, output[key], parents[key])
-			delete(output, key)
-		}
-	}
-}
-
-func (t *tally) end(e event, output []string, parent bool) {
-	name := strings.TrimPrefix(e.Package, "github.com/isthmus-mesh/isthmus/")
-	if e.Test == "" {
-		if e.Action != "skip" { // a package without tests
-			fmt.Printf("%-5s %s (%.1fs)\n", e.Action, name, e.Elapsed)
-		}
-		if e.Action == "fail" {
-			fmt.Print(strings.Join(output, ""))
-		}
-		return
-	}
-	switch {
-	case e.Action == "fail":
-		fmt.Printf("--- FAIL %s %s\n%s", name, e.Test, strings.Join(output, ""))
-		if !parent {
-			t.failed++
-			t.failures = append(t.failures, name+" "+e.Test)
-		}
-	case parent:
-	case e.Action == "skip":
-		t.skipped = append(t.skipped, name+" "+e.Test+": "+reason(output))
-	default:
-		t.passed++
-	}
-}
-
-// reason is what a skipped test said last before its verdict.
-func reason(output []string) string {
-	for _, line := range slices.Backward(output) {
-		line = strings.TrimSpace(line)
-		if line != "" && !strings.HasPrefix(line, "---") && !strings.HasPrefix(line, "===") {
-			return line
-		}
-	}
-	return "no reason given"
-}
-
-func (t *tally) print(w io.Writer) {
-	for _, s := range t.skipped {
-		fmt.Fprintln(w, "skipped:", s)
-	}
-	for _, f := range t.failures {
-		fmt.Fprintln(w, "failed:", f)
-	}
-	fmt.Fprintf(w, "%d tests ran\n", t.passed+t.failed+len(t.skipped))
-	fmt.Fprintf(w, "%d passed, %d failed, %d skipped\n", t.passed, t.failed, len(t.skipped))
 }
