@@ -318,7 +318,7 @@ func (m *machine) subscribeSome(s *subscription, r request, first bool) {
 		} else {
 			s.want(n)
 		}
-		if !first || !m.current(s, n) {
+		if !first || !m.knows(s, n) {
 			s.must(n)
 		}
 	}
@@ -333,15 +333,12 @@ func (m *machine) subscribeSome(s *subscription, r request, first bool) {
 	}
 }
 
-// current tells whether what a returning proxy says to have needs no sending. Endpoints
-// of a cluster that was sent on this stream do: the cluster waits for them.
-func (m *machine) current(s *subscription, name string) bool {
-	has, ok := s.has(name)
-	if !ok || s.typeURL == xds.EndpointType && m.recluster[name] {
-		return false
-	}
-	r, ok := m.resources.Get(s.typeURL, name)
-	return ok && r.Version == has.Version
+// knows tells whether a returning proxy says to have a resource, so that only another
+// version needs sending. Endpoints of a cluster that was sent on this stream always do: the
+// cluster waits for them.
+func (m *machine) knows(s *subscription, name string) bool {
+	_, ok := s.has(name)
+	return ok && !(s.typeURL == xds.EndpointType && m.recluster[name])
 }
 
 func (m *machine) forgetVersions(s *subscription) {

@@ -279,6 +279,26 @@ func TestWhatAProxyHolds(t *testing.T) {
 	}
 }
 
+func TestWhatHasBecomeCurrentMeanwhileIsNotSent(t *testing.T) {
+	t.Parallel()
+	m, now := newMachine(false), time.Unix(0, 0)
+	world := func(listener string) {
+		m.update(xds.Resources{xds.ClusterType: {{Name: "a", Version: "1"}}, xds.ListenerType: {{Name: "l", Version: listener}}})
+	}
+	world("1")
+	m.request(request{typeURL: xds.ClusterType, subscribe: []string{"*"}}, now)
+	clusters, _ := m.next(now)
+	m.request(request{typeURL: xds.ListenerType, subscribe: []string{"l"}, initial: map[string]string{"l": "2"}}, now)
+	if r, _ := m.next(now); r != nil {
+		t.Fatalf("listeners do not wait for clusters: %+v", r)
+	}
+	world("2")
+	m.request(request{typeURL: xds.ClusterType, nonce: clusters.nonce}, now)
+	if r, _ := m.next(now); r != nil {
+		t.Errorf("sent again: %+v", r)
+	}
+}
+
 func FuzzMachine(f *testing.F) {
 	f.Add([]byte{4, 0, 0, 0, 0, 5, 5, 0, 0, 7, 0, 0, 0, 0, 9, 9, 0, 0}, false)
 	f.Add([]byte{4, 0, 0, 2, 1, 1, 0, 0, 5, 0, 1, 5, 5, 0, 0, 8, 0, 8, 4, 0, 0, 9, 0, 0}, true)
