@@ -29,7 +29,6 @@ import (
 type wanted struct {
 	names map[string]bool
 	all   bool
-	asked bool // on this stream
 }
 
 func (w *wanted) covers(name string) bool { return w.all || w.names[name] }
