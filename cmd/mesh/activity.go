@@ -73,20 +73,35 @@ func (s *session) printActivity(a *api.Activity) {
 	if a.GetResult() != "ok" {
 		state = "failed"
 	}
-	var parts []string
-	replica := ""
-	if s.output == "wide" {
-		replica = a.GetReplica()
+	at, st, width := a.GetTime().AsTime().UTC().Format(time.RFC3339), s.style(s.stdout), s.columns(s.stdout)
+	verb, object := printable(a.GetVerb()), printable(a.GetObject())
+	if width == 0 || width >= 120 {
+		verb = fmt.Sprintf("%-16s", verb) // a column, where there is room for one
 	}
-	for _, part := range []string{a.GetVerb(), a.GetObject(), a.GetActor(), a.GetMessage(), replica} {
+	used := len(at) + 1 + st.markWidth(state) + 1 + len(verb) + 2 + len(object)
+	var rest []string
+	for _, part := range []string{a.GetActor(), a.GetMessage(), s.wideOnly(a.GetReplica())} {
 		if part != "" {
-			parts = append(parts, part)
+			rest = append(rest, printable(part))
 		}
 	}
-	at, st := a.GetTime().AsTime().UTC().Format(time.RFC3339), s.style(s.stdout)
-	// What stands before the text counts on its first line, and is put there after folding.
+	text := strings.Join(rest, "  ")
+	event := fmt.Sprintf("%s %s %s  %s", at, st.mark(state), verb, object)
+	if width == 0 || used+2+len(text) <= width {
+		fmt.Fprintln(s.stdout, strings.TrimRight(event+"  "+text, " "))
+		return
+	}
+	// What happened on a line, who and why below it.
 	const indent = 6
-	before := strings.Repeat("~", len(at)+1+st.markWidth(state)-indent) + " "
-	text := strings.TrimPrefix(fold(before+printable(strings.Join(parts, "  ")), s.columns(s.stdout), indent), before)
-	fmt.Fprintf(s.stdout, "%s %s %s\n", at, st.mark(state), text)
+	fmt.Fprintln(s.stdout, strings.TrimRight(event, " "))
+	if text != "" {
+		fmt.Fprintf(s.stdout, "%*s%s\n", indent, "", fold(text, width, indent))
+	}
+}
+
+func (s *session) wideOnly(text string) string {
+	if s.output != "wide" {
+		return ""
+	}
+	return text
 }

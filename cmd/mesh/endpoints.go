@@ -20,6 +20,8 @@ func (s *session) endpointsCommand() *cobra.Command {
 		Short: "List the endpoints of services, as their clusters report them",
 		Long: `List the endpoints of services, as their clusters report them.
 
+A service is named as NAMESPACE/SERVICE or by its DNS name, cart.shop.svc.
+
 An address means something on its own network only; callers of other networks
 reach it through the gateways of its network.`,
 		Example: `  mesh endpoints shop/cart

@@ -300,7 +300,7 @@ func TestActivityFits(t *testing.T) {
 			t.Errorf("%d columns: %s", n, line)
 		}
 	}
-	if !strings.Contains(out.String(), "issued  pod shop/payments-64c6fb6bb7-zvgcm in west") && !strings.Contains(out.String(), "issued pod shop/payments-64c6fb6bb7-zvgcm in west") {
+	if !strings.Contains(out.String(), "issued  pod shop/payments-64c6fb6bb7-zvgcm in west\n      spiffe://") {
 		t.Errorf("%s", out)
 	}
 }

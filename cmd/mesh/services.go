@@ -22,7 +22,9 @@ func (s *session) servicesCommand() *cobra.Command {
 		Long: `List the services of the mesh and which clusters have them.
 
 Services of one namespace and name are one service, wherever they are. CLUSTERS
-has each of them with the number of its ready endpoints out of all.`,
+has each of them with the number of its ready endpoints out of all.
+
+One is named as NAMESPACE/NAME or by its DNS name, cart.shop.svc.`,
 		Example: `  mesh services
   mesh services shop/cart -o yaml
   mesh services -n shop --cluster west`,
@@ -51,12 +53,20 @@ func (s *session) addFilterFlags(cmd *cobra.Command, namespace, cluster *string)
 	must(cmd.RegisterFlagCompletionFunc("cluster", s.completeClusters))
 }
 
-// splitService reads "namespace/name", or a name in the namespace of -n.
+// splitService reads "namespace/name", a DNS name such as "name.namespace", or a name in the
+// namespace of -n. The name of a service has no dot (RFC 1035 label), so they differ.
 func splitService(args []string, namespace, name *string) error {
 	if len(args) == 0 {
 		return nil
 	}
 	ns, n, ok := strings.Cut(args[0], "/")
+	if name, domain, dotted := strings.Cut(args[0], "."); dotted && !ok {
+		ns, domain, ok = strings.Cut(domain, ".")
+		if ok && domain != "svc" && !strings.HasPrefix(domain, "svc.") {
+			return usagef("service %q, want NAMESPACE/NAME or NAME.NAMESPACE.svc", args[0])
+		}
+		n, ok = name, true
+	}
 	switch {
 	case !ok:
 		ns, n = *namespace, args[0]
@@ -98,10 +108,14 @@ func (s *session) fetchServices(ctx context.Context, req *api.ListServicesReques
 			readyCell.tone = red
 		}
 		m := v.GetMetadata()
+		findings := cell{text: codesText(v.GetFindings())}
+		if findings.text != "" {
+			findings.tone = yellow
+		}
 		l.table.rows = append(l.table.rows, []cell{
 			{text: m.GetNamespace()}, {text: m.GetName()}, {text: portsText(v.GetPorts())},
 			{text: recordsText(v.GetRecords())}, readyCell,
-			{text: codesText(v.GetFindings()), tone: yellow}, {text: s.age(m.GetCreated())},
+			findings, {text: s.age(m.GetCreated())},
 			{text: strings.Join(v.GetAddresses(), ",")}, {text: v.GetHost()},
 		})
 		l.names = append(l.names, "service/"+m.GetNamespace()+"/"+m.GetName())
