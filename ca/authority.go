@@ -6,6 +6,7 @@ import (
 	"context"
 	"crypto"
 	"crypto/x509"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -28,6 +29,7 @@ const (
 	DefaultIntermediateLifetime = 365 * 24 * time.Hour
 	DefaultAdminLifetime        = 365 * 24 * time.Hour
 	DefaultOfflineBudget        = time.Hour
+	DefaultClockSkew            = 5 * time.Minute
 )
 
 // refreshEvery bounds how long a change goes unnoticed if the state forgets to tell.
@@ -64,6 +66,8 @@ type Config struct {
 	AdminLifetime time.Duration
 	// OfflineBudget is how long leaves are signed although the state cannot be read.
 	OfflineBudget time.Duration
+	// ClockSkew is how far clocks may be apart; a rotation waits that much longer.
+	ClockSkew time.Duration
 	// Clock tells the time; time.Now if nil.
 	Clock func() time.Time
 	// Log takes what happens to authorities; slog.Default() if nil.
@@ -106,6 +110,7 @@ func (c Config) withDefaults() (Config, error) {
 	set(&c.IntermediateLifetime, DefaultIntermediateLifetime)
 	set(&c.AdminLifetime, DefaultAdminLifetime)
 	set(&c.OfflineBudget, DefaultOfflineBudget)
+	set(&c.ClockSkew, DefaultClockSkew)
 	if c.MinLifetime > c.Lifetime {
 		return c, fmt.Errorf("ca: Config.MinLifetime %v exceeds Lifetime %v", c.MinLifetime, c.Lifetime)
 	}
@@ -187,7 +192,12 @@ type issuer struct {
 	epoch  int64
 	cert   *x509.Certificate
 	signer crypto.Signer
+
+	longest time.Duration // lifetime that it may sign
 }
+
+// under is the ID of what signed the issuer.
+func (i *issuer) under() string { return hex.EncodeToString(i.cert.AuthorityKeyId) }
 
 // Open reads the authorities of the trust domain, and makes the root if there is none yet. Replicas that do so
 // at the same time agree on one.
@@ -243,7 +253,7 @@ func (a *Authority) TrustDomain() spiffeid.TrustDomain { return a.cfg.TrustDomai
 // Bundle is the current roots.
 func (a *Authority) Bundle() Bundle { return a.view.Load().bundle }
 
-// Changed is closed when the bundle or the revocations change next. Take the channel first, then look, then wait.
+// Changed is closed when the bundle, the revocations or any authority changes next. Take the channel first, then look, then wait.
 func (a *Authority) Changed() <-chan struct{} {
 	a.wakeMu.Lock()
 	defer a.wakeMu.Unlock()
@@ -277,6 +287,7 @@ func (a *Authority) Verify(chain []*x509.Certificate) (Identity, error) {
 type Issuer struct {
 	Scope     string // ScopeRoot or a source
 	ID        string
+	Under     string // ID of what signed it; its own if nothing did
 	Phase     Phase
 	Epoch     int64
 	Since     time.Time
@@ -294,7 +305,7 @@ func (a *Authority) Issuers() []Issuer {
 				continue // decodeRecord has parsed it before
 			}
 			out = append(out, Issuer{
-				Scope: s.record.Scope, ID: i.ID, Phase: i.Phase, Epoch: i.Epoch, Since: i.Since,
+				Scope: s.record.Scope, ID: i.ID, Under: i.signedBy(), Phase: i.Phase, Epoch: i.Epoch, Since: i.Since,
 				NotBefore: cert.NotBefore, NotAfter: cert.NotAfter,
 			})
 		}

@@ -12,6 +12,8 @@ var (
 	ErrExists = errors.New("key exists")
 	// ErrChanged: Replace found another version than the one it was given.
 	ErrChanged = errors.New("value changed meanwhile")
+	// ErrFenced: ReplaceAs found that the term has ended: somebody else leads, or may.
+	ErrFenced = errors.New("term has ended")
 )
 
 // Why something was refused. Every error of Prepare, Sign and Verify wraps one of these.

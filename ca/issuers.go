@@ -82,6 +82,11 @@ func (a *Authority) RaiseSequence(ctx context.Context) error {
 // writeLocked is the one way a record gets into the state; a version of 0 creates it. The audit log comes
 // first: an authority that nobody can account for must not exist.
 func (a *Authority) writeLocked(ctx context.Context, r record, version Version, why string) error {
+	return a.writeAsLocked(ctx, nil, r, version, why)
+}
+
+// writeAsLocked is writeLocked for a leader's step, if there is a term.
+func (a *Authority) writeAsLocked(ctx context.Context, term *Term, r record, version Version, why string) error {
 	value, err := encodeRecord(r, a.cfg.Sealer)
 	if err != nil {
 		return err
@@ -93,12 +98,15 @@ func (a *Authority) writeLocked(ctx context.Context, r record, version Version, 
 	if err := a.cfg.Audit.Append(entry); err != nil {
 		return err
 	}
-	if version == 0 {
+	switch {
+	case version == 0:
 		_, err = a.cfg.State.Create(ctx, recordKey(r.Scope), value)
-	} else {
+	case term != nil:
+		_, err = a.cfg.State.ReplaceAs(ctx, *term, recordKey(r.Scope), value, version)
+	default:
 		_, err = a.cfg.State.Replace(ctx, recordKey(r.Scope), value, version)
 	}
-	if err != nil && !errors.Is(err, ErrExists) && !errors.Is(err, ErrChanged) {
+	if err != nil && !errors.Is(err, ErrExists) && !errors.Is(err, ErrChanged) && !errors.Is(err, ErrFenced) {
 		return unavailable(err)
 	}
 	if err == nil {
@@ -111,22 +119,35 @@ func (a *Authority) writeLocked(ctx context.Context, r record, version Version, 
 func (a *Authority) issuerFor(ctx context.Context, source Source) (*issuer, error) {
 	now := a.cfg.Clock()
 	current := a.view.Load().scopes[string(source)].issuer
-	if current != nil && !a.aged(current, now) {
+	if current != nil && !a.aged(current, now) && current.longest >= a.cfg.longestLifetime() {
 		return current, nil
 	}
 	fresh, err := a.makeIntermediate(ctx, source)
 	if err == nil {
 		return fresh, nil
 	}
-	if current != nil && now.Add(a.cfg.MinLifetime).Before(current.cert.NotAfter) {
+	if current != nil && now.Add(a.cfg.MinLifetime).Before(current.cert.NotAfter) && now.Before(a.endOf(current)) {
 		return current, nil // it still can; the reason was logged
 	}
 	return nil, err
 }
 
-// aged tells whether an issuer is in the last quarter of its life, or too old for a whole leaf, and could be
-// replaced by one that lives longer.
+// endOf is until when an issuer may sign at most: with a root that was replaced, as long as a replica that has
+// not heard of that.
+func (a *Authority) endOf(i *issuer) time.Time {
+	root := a.view.Load().scopes[ScopeRoot].record
+	if at := root.find(i.under()); at >= 0 && root.Issuers[at].Phase != PhaseActive {
+		return root.Issuers[at].Since.Add(a.cfg.OfflineBudget)
+	}
+	return i.cert.NotAfter
+}
+
+// aged tells whether an issuer is below a root that was replaced, or is in the last quarter of its life, or too
+// old for a whole leaf, and could be replaced by one that lives longer.
 func (a *Authority) aged(i *issuer, now time.Time) bool {
+	if root := a.view.Load().scopes[ScopeRoot].issuer; root != nil && i.under() != root.id {
+		return true
+	}
 	end := i.cert.NotAfter
 	if !a.intermediateEnd(now).After(end.Add(successorRetry)) {
 		return false
@@ -151,17 +172,20 @@ func (a *Authority) makeIntermediate(ctx context.Context, source Source) (*issue
 	defer a.mu.Unlock()
 	now := a.cfg.Clock()
 	have := a.view.Load().scopes[string(source)]
-	if have.issuer != nil && now.Before(a.tried[string(source)].Add(successorRetry)) {
+	if again := a.attempt(source); have.issuer != nil && now.Before(a.tried[again].Add(successorRetry)) {
+		if !now.Before(a.endOf(have.issuer)) {
+			return nil, fmt.Errorf("%w: no intermediate of %s below the present root, see meshd's log", ErrUnavailable, source)
+		}
 		return have.issuer, nil
 	}
-	a.tried[string(source)] = now
+	a.tried[a.attempt(source)] = now
 	if err := a.refreshLocked(ctx); err != nil {
 		return nil, err
 	}
 	have = a.view.Load().scopes[string(source)]
 	switch {
 	case have.issuer != nil && !a.aged(have.issuer, now):
-		return have.issuer, nil
+		return a.raiseLongest(ctx, have)
 	case have.issuer == nil && have.version != 0:
 		return nil, fmt.Errorf("%w: %s has no active issuer", ErrRevoked, source)
 	}
@@ -182,15 +206,45 @@ func (a *Authority) makeIntermediate(ctx context.Context, source Source) (*issue
 	return nil, fmt.Errorf("%w: the authority record of %s is not usable, see meshd's log", ErrUnavailable, source)
 }
 
-// plannedIntermediate signs a new intermediate with the root and retires the old one, whose key goes.
-func (a *Authority) plannedIntermediate(ctx context.Context, source Source, have scope, now time.Time) (record, error) {
+// attempt is what is tried once in a while only: to get a source an issuer below the present root, whose leaves
+// may live as long as this replica is configured for.
+func (a *Authority) attempt(source Source) string {
+	root := ""
+	if i := a.view.Load().scopes[ScopeRoot].issuer; i != nil {
+		root = i.id
+	}
+	return fmt.Sprintf("%s %s %v", source, root, a.cfg.longestLifetime())
+}
+
+// raiseLongest notes that an issuer signs leaves that live longer than before, before it does. If that fails, they
+// do not.
+func (a *Authority) raiseLongest(ctx context.Context, have scope) (*issuer, error) {
+	if have.issuer.longest >= a.cfg.longestLifetime() {
+		return have.issuer, nil
+	}
+	r := have.record.next()
+	r.Issuers[r.active()].Longest = wholeSeconds(a.cfg.longestLifetime())
+	if err := a.writeLocked(ctx, r, have.version, "leaves live up to "+a.cfg.longestLifetime().String()); err != nil {
+		a.cfg.Log.Warn("longer lifetime not noted, and not used yet", "scope", r.Scope, "error", err)
+		return have.issuer, nil
+	}
+	if err := a.refreshLocked(ctx); err != nil {
+		return have.issuer, nil // it signs as before
+	}
+	return a.view.Load().scopes[r.Scope].issuer, nil
+}
+
+func wholeSeconds(d time.Duration) int64 { return int64((d + time.Second - 1) / time.Second) }
+
+// newIntermediate signs a new intermediate with the root.
+func (a *Authority) newIntermediate(ctx context.Context, source Source, now time.Time) (issuerRecord, error) {
 	root := a.view.Load().scopes[ScopeRoot].issuer
 	if root == nil {
-		return record{}, fmt.Errorf("%w: no active root", ErrUnavailable)
+		return issuerRecord{}, fmt.Errorf("%w: no active root", ErrUnavailable)
 	}
 	signer, stored, err := a.cfg.Keys.Generate(ctx, recordKey(string(source)))
 	if err != nil {
-		return record{}, err
+		return issuerRecord{}, err
 	}
 	from := now.Add(-a.cfg.Backdate)
 	if from.Before(root.cert.NotBefore) {
@@ -202,7 +256,17 @@ func (a *Authority) plannedIntermediate(ctx context.Context, source Source, have
 		err = lintAuthority(a.cfg.TrustDomain, cert, root.cert, source)
 	}
 	if err != nil {
-		return record{}, fmt.Errorf("intermediate of %s: %w", source, err)
+		return issuerRecord{}, fmt.Errorf("intermediate of %s: %w", source, err)
+	}
+	return issuerRecord{ID: authorityID(cert), Certificate: cert.Raw, Key: stored, Longest: wholeSeconds(a.cfg.longestLifetime())}, nil
+}
+
+// plannedIntermediate puts a new intermediate in the place of the old one, whose key goes. A rotation of the old
+// one has thereby ended.
+func (a *Authority) plannedIntermediate(ctx context.Context, source Source, have scope, now time.Time) (record, error) {
+	fresh, err := a.newIntermediate(ctx, source, now)
+	if err != nil {
+		return record{}, err
 	}
 	r := have.record.next()
 	r.Scope = string(source)
@@ -210,13 +274,17 @@ func (a *Authority) plannedIntermediate(ctx context.Context, source Source, have
 		cert, err := x509.ParseCertificate(i.Certificate)
 		return err == nil && i.Phase == PhaseRetiring && now.After(cert.NotAfter.Add(a.cfg.Backdate))
 	})
-	for n := range r.Issuers {
-		if r.Issuers[n].Phase == PhaseActive {
-			r.Issuers[n].Phase, r.Issuers[n].Since, r.Issuers[n].Key = PhaseRetiring, now.UTC(), []byte{}
+	r.Rotation = nil
+	for _, i := range r.Issuers {
+		switch i.Phase {
+		case PhaseActive:
+			r.enter(i.ID, PhaseRetiring, now)
+		case PhaseGenerated, PhasePublished, PhaseDistributed:
+			r.enter(i.ID, PhaseRemoved, now)
 		}
+		r.Issuers[r.find(i.ID)].Key = []byte{}
 	}
-	r.Issuers = append(r.Issuers, issuerRecord{
-		ID: authorityID(cert), Phase: PhaseActive, Epoch: r.Epoch, Since: now.UTC(), Certificate: cert.Raw, Key: stored,
-	})
-	return r, nil
+	fresh.Phase, fresh.Epoch, fresh.Since = PhaseActive, r.Epoch, now.UTC()
+	r.Issuers = append(r.Issuers, fresh)
+	return r.pruned(), nil
 }

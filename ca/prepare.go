@@ -177,6 +177,9 @@ func (c Config) validity(v *view, req Request, i *issuer, now time.Time) (from, 
 		life = longest
 	}
 	life = max(life, c.MinLifetime)
+	if !(req.Subject.Source == SourceMeshd && req.Subject.ServiceAccount == AdminAccount) {
+		life = min(life, i.longest)
+	}
 	if req.LifetimeLimit > 0 {
 		life = min(life, req.LifetimeLimit)
 	}

@@ -71,7 +71,8 @@ func (a *Authority) publishLocked(old, next *view) {
 	a.view.Store(next)
 	a.wakeMu.Lock()
 	defer a.wakeMu.Unlock()
-	if old.bundle.Sequence != next.bundle.Sequence || !maps.Equal(old.revocations, next.revocations) {
+	same := func(x, y scope) bool { return x.version == y.version }
+	if !maps.EqualFunc(old.scopes, next.scopes, same) || !maps.Equal(old.revocations, next.revocations) {
 		close(a.changed)
 		a.changed = make(chan struct{})
 	}
@@ -117,7 +118,7 @@ func (a *Authority) openIssuer(ctx context.Context, r record) (*issuer, error) {
 	if !bytes.Equal(spki, cert.RawSubjectPublicKeyInfo) {
 		return nil, fmt.Errorf("%s: %w: the key is not that of certificate %s", recordKey(r.Scope), ErrCorrupt, stored.ID)
 	}
-	return &issuer{id: stored.ID, scope: r.Scope, epoch: stored.Epoch, cert: cert, signer: signer}, nil
+	return &issuer{id: stored.ID, scope: r.Scope, epoch: stored.Epoch, cert: cert, signer: signer, longest: stored.longest()}, nil
 }
 
 func publicBytes(signer crypto.Signer) ([]byte, error) {
@@ -158,6 +159,13 @@ func (v *view) fillBundle(cfg Config) error {
 		roots, above, err := i.path()
 		if err != nil {
 			return fmt.Errorf("%s: %w: %v", recordKey(ScopeRoot), ErrCorrupt, err)
+		}
+		if len(i.Bridge) > 0 {
+			bridge, err := x509.ParseCertificate(i.Bridge)
+			if err != nil {
+				return fmt.Errorf("%s: %w: %v", recordKey(ScopeRoot), ErrCorrupt, err)
+			}
+			above = append(above, bridge)
 		}
 		v.above[i.ID] = above
 		for _, cert := range roots {

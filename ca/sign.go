@@ -11,6 +11,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 )
 
@@ -18,7 +19,7 @@ import (
 type Issued struct {
 	Leaf         *x509.Certificate
 	Intermediate *x509.Certificate
-	Above        []*x509.Certificate // between intermediate and root, where the authority was brought along
+	Above        []*x509.Certificate // between intermediate and root: of an authority that was brought along, or a bridge
 	Roots        []*x509.Certificate // the active one last
 }
 
@@ -36,13 +37,17 @@ func (i Issued) ChainDER() [][]byte {
 	return out
 }
 
-// PEM is the chain, and the root that it leads to, one certificate each.
+// PEM is the chain, one certificate each, and at the end all roots in one: several while one replaces another.
 func (i Issued) PEM() []string {
 	var out []string
-	for _, cert := range append(i.Chain(), i.Roots[len(i.Roots)-1]) {
+	for _, cert := range i.Chain() {
 		out = append(out, string(certificatePEM(cert)))
 	}
-	return out
+	var roots []byte
+	for _, cert := range i.Roots {
+		roots = append(roots, certificatePEM(cert)...)
+	}
+	return append(out, string(roots))
 }
 
 // ChainPEM is Chain as a file.
@@ -98,7 +103,8 @@ func (a *Authority) Sign(_ context.Context, token Prepared) (Issued, error) {
 // rootsActiveLast orders the bundle so that the root to which the issuer leads comes last.
 func (v *view) rootsActiveLast(issuer *x509.Certificate, above []*x509.Certificate) []*x509.Certificate {
 	top := issuer
-	if len(above) > 0 {
+	direct := func(root *x509.Certificate) bool { return bytes.Equal(issuer.AuthorityKeyId, root.SubjectKeyId) }
+	if len(above) > 0 && !slices.ContainsFunc(v.bundle.Roots, direct) {
 		top = above[len(above)-1]
 	}
 	var others, own []*x509.Certificate
