@@ -88,8 +88,10 @@ func (b *Builder) Class(_ *federation.View, _ *config.Index, proxy xds.Proxy) xd
 	return xds.GatewayClass(proxy)
 }
 
-// Census stays the same: a gateway's class depends on itself alone.
-func (b *Builder) Census(*federation.View, *config.Index) uint64 { return 0 }
+// Moved names nobody: a gateway's class depends on itself alone.
+func (b *Builder) Moved(*federation.View, *config.Index) ([]federation.WorkloadKey, bool) {
+	return nil, false
+}
 
 // Forget does nothing: a gateway has no weights of other networks.
 func (b *Builder) Forget(...federation.ServiceName) {}

@@ -46,6 +46,8 @@ type build struct {
 	closed   func(federation.WeightKey) bool
 
 	logFormat string // of access logs; see AccessLog
+
+	asked []federation.ServiceName // that some route leads to, or would
 }
 
 func newBuild(view *federation.View, index *config.Index, class Class) *build {
@@ -111,6 +113,7 @@ func (b *build) destination(d *networking.Destination, port uint32) (string, err
 	if !ok {
 		return "", fmt.Errorf("host %q is no service; give a name, or name.namespace.svc.%s", d.GetHost(), federation.ClusterDomain)
 	}
+	b.asked = append(b.asked, name)
 	s, ok := b.view.Service(name)
 	if !ok || !b.visible(s) {
 		return "", fmt.Errorf("host %q is no service that namespace %s sees", d.GetHost(), b.class.Namespace)

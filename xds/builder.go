@@ -25,18 +25,24 @@ type Builder struct {
 	// LogFormat of access logs; empty means AccessLogFormat.
 	LogFormat string
 
-	view    *federation.View // what the following was made for
-	index   *config.Index
-	ports   map[federation.WorkloadKey][]inboundPort
-	parts   map[partKey]*built
-	classes map[Class]*whole
-	census  uint64 // see Census
+	view     *federation.View // what the following was made for
+	index    *config.Index
+	parts    map[federation.ServiceName][]variant
+	classes  map[Class]*whole
+	lagging  int // classes with something to look at again
+	outcomes outcomes
+	census   census
+}
+
+// variant is what was made of a service for all classes with one key.
+type variant struct {
+	key  partKey
+	part *built
 }
 
 // partKey is all that the part of a service without a VirtualService depends on, beside
-// view and index.
+// service, view and index.
 type partKey struct {
-	service     *federation.Service
 	rule        *networking.DestinationRule
 	trustDomain string
 	families    families
@@ -47,41 +53,56 @@ func (b *Builder) move(view *federation.View, index *config.Index) {
 	if b.view == view && b.index == index {
 		return
 	}
-	switch {
-	case b.parts == nil, b.index != index, !view.SameRoads(b.view), b.view != nil && b.view.Scope != view.Scope:
-		b.parts, b.classes = map[partKey]*built{}, map[Class]*whole{}
-	default:
-		for key := range b.parts {
-			if s, ok := view.Service(key.service.Name); !ok || s != key.service {
-				delete(b.parts, key)
-			}
-		}
-		for class, w := range b.classes {
-			if w.view != b.view {
-				delete(b.classes, class) // nobody is of this class any more
-			}
-		}
+	foreign := b.view == nil || b.view.Scope != view.Scope
+	var changed []federation.ServiceName
+	if !foreign {
+		changed = view.Changed(b.view)
 	}
-	if b.view == nil || b.index != index || !samePorts(b.view, view) {
-		b.ports = nil
+	b.census.move(b.view, view, changed, foreign, index.SelectorKeys())
+	if foreign || b.index != index || !view.SameRoads(b.view) {
+		b.parts, b.classes, b.lagging = map[federation.ServiceName][]variant{}, map[Class]*whole{}, 0
+		b.outcomes = outcomes{}
+	} else {
+		b.again(changed, true)
 	}
 	b.view, b.index = view, index
 }
 
-// Class is the class of a proxy in a view.
-func (b *Builder) Class(view *federation.View, index *config.Index, proxy Proxy) Class {
-	b.Census(view, index)
-	return classOf(proxy, b.ports[proxy.Workload], index.SelectorKeys())
+// again makes all classes look at some services again. Those that nobody has asked for
+// since the last change are dropped: nobody is of them any more.
+func (b *Builder) again(names []federation.ServiceName, moved bool) {
+	if len(names) == 0 {
+		return
+	}
+	for _, name := range names {
+		delete(b.parts, name)
+	}
+	b.lagging = len(b.classes)
+	for class, w := range b.classes {
+		if moved {
+			w.missed++
+		}
+		if w.missed > 1 {
+			delete(b.classes, class)
+			b.lagging--
+			continue
+		}
+		w.behind = append(w.behind, names...)
+	}
+	b.outcomes = outcomes{}
 }
 
-// Census stays the same as long as Class gives the same for every proxy.
-func (b *Builder) Census(view *federation.View, index *config.Index) uint64 {
+// Class is the class of a proxy in a view.
+func (b *Builder) Class(view *federation.View, index *config.Index, proxy Proxy) Class {
 	b.move(view, index)
-	if b.ports == nil {
-		b.ports = inboundPorts(view)
-		b.census++
-	}
-	return b.census
+	return classOf(proxy, b.census.ports(view, proxy.Workload), index.SelectorKeys())
+}
+
+// Moved are the workloads of which Class may say something else in this view than when
+// Moved was asked last; all tells that they may be any.
+func (b *Builder) Moved(view *federation.View, index *config.Index) (some []federation.WorkloadKey, all bool) {
+	b.move(view, index)
+	return b.census.moved()
 }
 
 // Build is the function Build.
@@ -89,31 +110,48 @@ func (b *Builder) Build(view *federation.View, index *config.Index, proxy Proxy)
 	return b.BuildClass(view, index, b.Class(view, index, proxy))
 }
 
-// BuildClass makes everything the proxies of a class are told.
+// BuildClass makes everything the proxies of a class are told. While nothing of it has
+// changed, the resources are the very same map; what has not changed in it are the very
+// same lists, which equal classes share.
 func (b *Builder) BuildClass(view *federation.View, index *config.Index, class Class) (Resources, []federation.Finding) {
 	b.move(view, index)
+	w := b.classes[class]
+	if w != nil && len(w.behind) == 0 {
+		w.missed = 0
+		return w.resources, w.findings
+	}
 	job := newBuild(view, index, class)
 	job.weigh, job.closed, job.logFormat = b.Weigh, b.Closed, b.LogFormat
-	w := job.whole(b.classes[class], b.part)
+	if w == nil {
+		w = b.whole(job)
+	} else {
+		w = b.next(job, w, w.concerned(w.behind))
+		if b.lagging--; b.lagging == 0 {
+			b.outcomes = outcomes{}
+		}
+	}
 	b.classes[class] = w
 	return w.resources, w.findings
 }
 
 // part makes or remembers what one service needs. Routes of a VirtualService depend on
-// other services too, so they are always made again.
+// other services too, so they are made for each class, and note which they asked for.
 func (b *Builder) part(job *build, s *federation.Service) *built {
 	if job.routed(s) {
+		job.asked = nil
 		made := job.guarded(s)
-		made.routed = true
+		made.routed, made.asked = true, job.asked
 		return made
 	}
 	rule, _ := job.destinationRule(s)
-	key := partKey{service: s, rule: rule, trustDomain: job.class.TrustDomain, families: job.class.families()}
-	if part := b.parts[key]; part != nil {
-		return part
+	key := partKey{rule: rule, trustDomain: job.class.TrustDomain, families: job.class.families()}
+	for _, v := range b.parts[s.Name] {
+		if v.key == key {
+			return v.part
+		}
 	}
 	made := job.guarded(s)
-	b.parts[key] = made
+	b.parts[s.Name] = append(b.parts[s.Name], variant{key, made})
 	return made
 }
 
@@ -137,17 +175,4 @@ func (b *build) routed(s *federation.Service) bool {
 }
 
 // Forget makes the services with these names be made again.
-func (b *Builder) Forget(names ...federation.ServiceName) {
-	forget := make(map[federation.ServiceName]bool, len(names))
-	for _, n := range names {
-		forget[n] = true
-	}
-	for key := range b.parts {
-		if forget[key.service.Name] {
-			delete(b.parts, key)
-		}
-	}
-	for _, w := range b.classes {
-		w.forget(forget)
-	}
-}
+func (b *Builder) Forget(names ...federation.ServiceName) { b.again(names, false) }

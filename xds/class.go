@@ -3,7 +3,6 @@
 package xds
 
 import (
-	"cmp"
 	"fmt"
 	"slices"
 	"strings"
@@ -112,32 +111,6 @@ func (c Class) ports() []inboundPort {
 		_, protocol, _ := strings.Cut(part, "/")
 		p.protocol = federation.Protocol(protocol)
 		out = append(out, p)
-	}
-	return out
-}
-
-// inboundPorts finds the ports of every workload of a view that services send to. Where
-// services disagree on a port's protocol it is unknown, and told by its first bytes; all
-// kinds of HTTP together are HTTP, whose versions Envoy tells apart.
-func inboundPorts(view *federation.View) map[federation.WorkloadKey][]inboundPort {
-	out := map[federation.WorkloadKey][]inboundPort{}
-	for _, s := range view.Services {
-		for i := range s.Endpoints {
-			e := &s.Endpoints[i]
-			if !e.Direct || e.UID == "" {
-				continue
-			}
-			key := federation.WorkloadKey{Source: e.Source, UID: e.UID}
-			for _, port := range s.Ports {
-				// The proxy's own port has a chain of its own.
-				if target, ok := e.TargetPorts[port.Number]; ok && target > 0 && target <= 65535 && target != InboundPort {
-					out[key] = withPort(out[key], inboundPort{number: target, protocol: port.Protocol})
-				}
-			}
-		}
-	}
-	for _, list := range out {
-		slices.SortFunc(list, func(a, b inboundPort) int { return cmp.Compare(a.number, b.number) })
 	}
 	return out
 }

@@ -30,8 +30,9 @@ type built struct {
 	// may write an endpoint could otherwise put a listener on somebody else's address.
 	pods []Resource
 
-	// routed tells that it depends on other services too.
+	// routed tells that it depends on other services too: those that it asked for.
 	routed bool
+	asked  []federation.ServiceName
 }
 
 // put adds a resource, or the finding that it cannot be built.

@@ -3,10 +3,8 @@
 package xds
 
 import (
-	"maps"
 	"net/netip"
 	"slices"
-	"sort"
 
 	"github.com/isthmus-mesh/isthmus/federation"
 )
@@ -14,68 +12,140 @@ import (
 // whole is what was last made for a class, part by part. From it the next one is made by
 // exchanging the parts that have changed; the bytes are those of a full computation.
 type whole struct {
-	view  *federation.View
-	frame *built
-	parts []*built     // as the view's services are
-	again map[int]bool // those of parts to be made again in any case
-	table *built
+	view   *federation.View
+	frame  *built
+	parts  []*built // as the view's services are
+	routed []federation.ServiceName
+	table  *built
 
 	resources Resources
+	sums      map[string]uint64 // of the lists, see sumOf
 	findings  []federation.Finding
 	plain     bool // no two resources had one name
+
+	behind []federation.ServiceName // services to look at again, since it was made
+	missed int                      // changes since it was asked for
 }
 
-// hidden stands for a service that the class does not see.
+// hidden stands for a service that the class does not see, or that is not there.
 var hidden = &built{}
 
-// forget makes services be made again.
-func (w *whole) forget(names map[federation.ServiceName]bool) {
-	for i, s := range w.view.Services {
-		if names[s.Name] {
-			if w.again == nil {
-				w.again = map[int]bool{}
-			}
-			w.again[i] = true
+// exchange is one part in place of another.
+type exchange struct{ was, is *built }
+
+// whole makes everything of the class.
+func (b *Builder) whole(job *build) *whole {
+	w := &whole{view: job.view, parts: make([]*built, len(job.view.Services))}
+	frame := job.frame()
+	w.frame = &frame
+	var seen []*federation.Service
+	for i, s := range job.view.Services {
+		if w.parts[i] = b.seen(job, s); w.parts[i] != hidden {
+			seen = append(seen, s)
 		}
+		if w.parts[i].routed {
+			w.routed = append(w.routed, s.Name)
+		}
+	}
+	table := job.nameTable(seen)
+	w.table = &table
+	w.gather()
+	b.share(w)
+	return w
+}
+
+// seen is the part of a service as far as the class sees it.
+func (b *Builder) seen(job *build, s *federation.Service) *built {
+	if !job.visible(s) {
+		return hidden
+	}
+	return b.part(job, s)
+}
+
+// next makes everything of the class from what it was, looking only at some services.
+func (b *Builder) next(job *build, old *whole, names []federation.ServiceName) *whole {
+	w := &whole{view: job.view, frame: old.frame, table: old.table, parts: old.parts, routed: old.routed}
+	sameNames, sameFindings, aligned := true, true, true
+	var changes []exchange
+	parts, from := make([]*built, 0, len(job.view.Services)), 0
+	for _, name := range names {
+		at, had := old.view.Index(name)
+		parts = append(parts, old.parts[from:at]...)
+		from = at
+		x := exchange{hidden, hidden}
+		var before *federation.Service
+		if had {
+			x.was, before, from = old.parts[at], old.view.Services[at], at+1
+		}
+		svc, has := job.view.Service(name)
+		if has {
+			x.is = b.seen(job, svc)
+			parts = append(parts, x.is)
+		}
+		aligned = aligned && had == has
+		if x.was == x.is {
+			continue // mostly because the class sees neither
+		}
+		changes = append(changes, x)
+		sameNames = sameNames && x.was != hidden && x.is != hidden && namedAlike(before, svc)
+		sameFindings = sameFindings && len(x.was.findings)+len(x.is.findings) == 0
+		w.reroute(name, x)
+	}
+	if len(changes) > 0 || !aligned {
+		w.parts = append(parts, old.parts[from:]...)
+	}
+	if !sameNames {
+		w.table = b.tableAfter(job, old, w, changes)
+		changes = append(changes, exchange{old.table, w.table})
+		sameFindings = sameFindings && len(old.table.findings)+len(w.table.findings) == 0
+	}
+	if !old.plain || !b.apply(w, old, changes) {
+		w.gather()
+		b.share(w)
+		return w
+	}
+	w.plain, w.findings = true, old.findings
+	if !sameFindings {
+		w.findings = nil
+		for _, p := range w.all() {
+			w.findings = append(w.findings, p.findings...)
+		}
+	}
+	return w
+}
+
+// reroute notes whether a service has routes that users wrote.
+func (w *whole) reroute(name federation.ServiceName, x exchange) {
+	if x.was.routed == x.is.routed {
+		return
+	}
+	w.routed = slices.DeleteFunc(slices.Clone(w.routed), func(n federation.ServiceName) bool { return n == name })
+	if x.is.routed {
+		w.routed = append(w.routed, name)
 	}
 }
 
-// whole makes everything of the class, sharing what has not changed since an earlier one,
-// which may be nil. The earlier one is of the same index and roads.
-func (b *build) whole(old *whole, part func(*build, *federation.Service) *built) *whole {
-	w := &whole{view: b.view, parts: make([]*built, len(b.view.Services))}
-	aligned := old != nil && len(old.parts) == len(w.parts)
-	sameNames := aligned
-	var seen []*federation.Service
-	for i, s := range b.view.Services {
-		if aligned && old.view.Services[i] == s && !old.again[i] && !old.parts[i].routed {
-			w.parts[i] = old.parts[i]
-		} else if b.visible(s) {
-			w.parts[i] = part(b, s)
-		} else {
-			w.parts[i] = hidden
+// concerned are the services that are to be looked at when some have changed: these, and
+// those whose routes asked for one of them. The names come ordered, and go so.
+func (w *whole) concerned(names []federation.ServiceName) []federation.ServiceName {
+	names = slices.Clone(names)
+	slices.SortFunc(names, federation.ServiceName.Compare)
+	names = slices.Compact(names)
+	own := names
+	for _, name := range w.routed {
+		i, ok := w.view.Index(name)
+		if _, changed := slices.BinarySearchFunc(own, name, federation.ServiceName.Compare); changed || !ok {
+			continue
 		}
-		if w.parts[i] != hidden {
-			seen = append(seen, s)
+		if slices.ContainsFunc(w.parts[i].asked, func(n federation.ServiceName) bool {
+			_, changed := slices.BinarySearchFunc(own, n, federation.ServiceName.Compare)
+			return changed
+		}) {
+			names = append(names[:len(names):len(names)], name)
 		}
-		sameNames = sameNames && (old.parts[i] == hidden) == (w.parts[i] == hidden) && namedAlike(old.view.Services[i], s)
 	}
-	if old != nil {
-		w.frame = old.frame
-	} else {
-		frame := b.frame()
-		w.frame = &frame
-	}
-	if sameNames {
-		w.table = old.table
-	} else {
-		table := b.nameTable(seen)
-		w.table = &table
-	}
-	if !aligned || !w.exchange(old) {
-		w.gather()
-	}
-	return w
+	slices.SortFunc(names, federation.ServiceName.Compare)
+	return names
 }
 
 // all are the parts in their order.
@@ -105,70 +175,12 @@ func (w *whole) gather() {
 		n -= len(list)
 	}
 	w.plain = n == 0
-}
-
-// exchange puts the parts that have changed into what was made before. It is false where
-// more than the content of resources has changed.
-func (w *whole) exchange(old *whole) bool {
-	if !old.plain {
-		return false
-	}
-	w.resources, w.plain = maps.Clone(old.resources), true
-	copied := map[string]bool{}
-	if w.table != old.table && !w.swap(old.table, w.table, copied) {
-		return false
-	}
-	for i, p := range w.parts {
-		switch was := old.parts[i]; {
-		case was == p:
-		case was == hidden, p == hidden:
-			return false
-		case !w.swap(was, p, copied):
-			return false
+	w.sums = make(map[string]uint64, len(w.resources))
+	for typeURL, list := range w.resources {
+		for i := range list {
+			w.sums[typeURL] += sumOf(&list[i])
 		}
 	}
-	for _, p := range w.all() {
-		w.findings = append(w.findings, p.findings...)
-	}
-	return true
-}
-
-// swap replaces the resources of one part by those of another with the same names.
-func (w *whole) swap(old, fresh *built, copied map[string]bool) bool {
-	if len(old.resources) != len(fresh.resources) || !w.swapList(ListenerType, old.pods, fresh.pods, copied) {
-		return false
-	}
-	for typeURL, list := range fresh.resources {
-		if !w.swapList(typeURL, old.resources[typeURL], list, copied) {
-			return false
-		}
-	}
-	return true
-}
-
-func (w *whole) swapList(typeURL string, old, fresh []Resource, copied map[string]bool) bool {
-	if len(old) != len(fresh) {
-		return false
-	}
-	for i, r := range fresh {
-		if old[i].Name != r.Name {
-			return false
-		}
-		if old[i].Version == r.Version {
-			continue
-		}
-		list := w.resources[typeURL]
-		at := sort.Search(len(list), func(i int) bool { return list[i].Name >= r.Name })
-		if at == len(list) || list[at].Name != r.Name {
-			return false
-		}
-		if !copied[typeURL] {
-			list = slices.Clone(list)
-			w.resources[typeURL], copied[typeURL] = list, true
-		}
-		list[at] = r
-	}
-	return true
 }
 
 // namedAlike tells whether two states of a service have the same names with the same
@@ -182,25 +194,4 @@ func namedAlike(a, b *federation.Service) bool {
 		slices.EqualFunc(a.Pods, b.Pods, func(x, y federation.NamedPod) bool {
 			return x.Host == y.Host && slices.Equal[[]netip.Addr](x.Address, y.Address)
 		})
-}
-
-// samePorts tells whether the workloads of two views have the same inbound ports.
-func samePorts(old, view *federation.View) bool {
-	if len(old.Services) != len(view.Services) {
-		return false
-	}
-	for i, s := range view.Services {
-		was := old.Services[i]
-		if was == s {
-			continue
-		}
-		if was.Name != s.Name || !slices.Equal(was.Ports, s.Ports) || !slices.EqualFunc(was.Endpoints, s.Endpoints, sameTargets) {
-			return false
-		}
-	}
-	return true
-}
-
-func sameTargets(a, b federation.ServiceEndpoint) bool {
-	return a.UID == b.UID && a.Source == b.Source && a.Direct == b.Direct && maps.Equal(a.TargetPorts, b.TargetPorts)
 }

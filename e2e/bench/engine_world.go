@@ -18,6 +18,7 @@ type engineWorld struct {
 	Proxies   int
 	Classes   int // namespaces that the proxies are in
 	snapshot  *federation.Snapshot
+	history   *federation.History // as a store keeps it
 	unhealthy map[federation.ServiceName]bool
 }
 
@@ -37,7 +38,7 @@ var loneService = federation.ServiceName{Namespace: lone, Name: lone}
 
 // build makes the first snapshot.
 func (w *engineWorld) build() {
-	w.unhealthy = map[federation.ServiceName]bool{}
+	w.unhealthy, w.history = map[federation.ServiceName]bool{}, &federation.History{}
 	w.snapshot = &federation.Snapshot{
 		Revision: 1,
 		Clusters: map[federation.ClusterID]*federation.Cluster{
@@ -62,6 +63,7 @@ func (w *engineWorld) build() {
 		load := w.proxy(i)
 		w.snapshot.Workloads[federation.WorkloadKey{Source: load.Source, UID: load.UID}] = load
 	}
+	w.history.Append(w.snapshot, federation.Change{AnyService: true, AnyWorkload: true})
 }
 
 // proxy is the workload of a client; the last one is the lone one.
@@ -114,6 +116,7 @@ func (w *engineWorld) flap(name federation.ServiceName) *federation.Snapshot {
 	}
 	records[0] = &changed
 	next.Records[name] = records
+	w.history.Append(&next, federation.Change{Services: []federation.ServiceName{name}})
 	w.snapshot = &next
 	return w.snapshot
 }

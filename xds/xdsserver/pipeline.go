@@ -12,7 +12,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -26,9 +25,11 @@ import (
 type Generator interface {
 	// Class is what the proxy has in common with those that get the same.
 	Class(view *federation.View, index *config.Index, proxy xds.Proxy) xds.Class
-	// Census stays the same as long as Class gives the same for every proxy.
-	Census(view *federation.View, index *config.Index) uint64
-	// BuildClass makes everything the proxies of a class are told.
+	// Moved are the workloads of which Class may say something else than when Moved was
+	// asked last; all tells that they may be any. It is asked with every view.
+	Moved(view *federation.View, index *config.Index) (some []federation.WorkloadKey, all bool)
+	// BuildClass makes everything the proxies of a class are told. It is asked again
+	// whenever services, roads or configuration have changed, or some were forgotten.
 	BuildClass(view *federation.View, index *config.Index, class xds.Class) (xds.Resources, []federation.Finding)
 	// Forget makes services be made again although they did not change.
 	Forget(names ...federation.ServiceName)
@@ -68,35 +69,53 @@ type Pipeline struct {
 	hurry   chan struct{} // capacity 1; the same, whatever the pace
 	doors   *doors
 
+	revision atomic.Int64 // of the last snapshot that was computed
+
 	mu       sync.Mutex
 	pending  *federation.Snapshot // given, not yet computed
 	snapshot *federation.Snapshot
 	index    *config.Index
 	scopes   map[federation.Scope]*scope
-	classes  map[xds.Class]*class
-	feeds    map[*feed]struct{}
+	feeds    map[federation.WorkloadKey]map[*feed]struct{}
+	sequence uint64                               // of the last state of a class
 	gone     map[federation.WorkloadKey]time.Time // workloads that were there once
+	tidied   time.Time                            // when those of gone that are long gone were dropped
 	absent   map[federation.Network]bool          // see elsewhere
 	computed chan struct{}                        // closed after each computation
 }
 
 // scope is what the feeds of one scope share.
 type scope struct {
-	view       *federation.View
-	prior      *federation.View     // the one before, during a computation that made another
-	made       *federation.Snapshot // what view was made of; nil to make it again
-	damper     *federation.Damper
-	generators map[federation.ProxyRole]Generator
-	used       bool
+	view   *federation.View
+	prior  *federation.View     // the one before, during a computation that made another
+	made   *federation.Snapshot // what view was made of
+	damper *federation.Damper
+	roles  map[federation.ProxyRole]*role
 }
 
-// class is what was last made for a class.
-type class struct {
-	view      *federation.View
+// role is what the feeds of one role in a scope share.
+type role struct {
+	generator Generator
+	view      *federation.View // what the classes were made for
 	index     *config.Index
+	stale     bool // something is to be made again although nothing has changed
+	classes   map[xds.Class]*class
+}
+
+// class is what its feeds are told: those that are not told anything else are not touched
+// by a change.
+type class struct {
+	kind     xds.Class
+	name     string
+	feeds    map[*feed]struct{}
+	findings []federation.Finding
+	state    atomic.Pointer[state]
+}
+
+// state is what a class is told from one change to the next. It is immutable.
+type state struct {
 	resources xds.Resources
-	findings  []federation.Finding
-	used      bool
+	sequence  uint64 // no other state of the pipeline has it
 }
 
 // remembered is how long a deleted workload is refused rather than waited for.
@@ -115,8 +134,8 @@ func NewPipeline(c PipelineConfig) *Pipeline {
 	}
 	p := &Pipeline{
 		config: c, metrics: newPipelineMetrics(), wake: make(chan struct{}, 1), hurry: make(chan struct{}, 1),
-		scopes: map[federation.Scope]*scope{}, classes: map[xds.Class]*class{},
-		feeds: map[*feed]struct{}{}, gone: map[federation.WorkloadKey]time.Time{},
+		scopes: map[federation.Scope]*scope{}, feeds: map[federation.WorkloadKey]map[*feed]struct{}{},
+		gone:     map[federation.WorkloadKey]time.Time{},
 		computed: make(chan struct{}),
 	}
 	p.doors = newDoors(c.Now, func() { poke(p.hurry) })
@@ -184,59 +203,181 @@ func (p *Pipeline) rest(ctx context.Context) error {
 
 // compute brings every feed up to the newest snapshot.
 func (p *Pipeline) compute() {
+	wakeAll(p.renew())
+}
+
+// renew works out what has changed for whom, and returns those who are to be woken.
+func (p *Pipeline) renew() []*feed {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	given := p.pending
 	if given == nil {
-		return
+		return nil
 	}
 	start := p.config.Now()
-	p.adopt(given)
+	moved := p.adopt(given)
 	p.letGo(start)
-	for _, s := range p.scopes {
-		s.used = false
-	}
-	for _, c := range p.classes {
-		c.used = false
-	}
 	// Gateways first: what they do not know yet is not told to callers.
-	woken := p.feedAll(true)
+	gateways := p.renewAll(true, moved)
 	closed := p.turnDoors()
-	woken += p.feedAll(false)
+	wakeAll(gateways)
+	woken := p.renewAll(false, moved)
+	p.revision.Store(int64(p.snapshot.Revision))
 	p.keepDoors(closed)
 	p.sweep()
 	close(p.computed)
 	p.computed = make(chan struct{})
-	p.metrics.computed(p.config.Now().Sub(start), woken)
+	p.metrics.computed(p.config.Now().Sub(start), len(gateways)+len(woken))
 	p.metrics.waited(p.doors.tally())
+	return woken
 }
 
-// feedAll recomputes what gateways are told, or what all others are, and says for how many
-// it has changed.
-func (p *Pipeline) feedAll(gateways bool) (woken int) {
-	for f := range p.feeds {
-		if gateways == f.isGateway() && p.feedIt(f) {
-			woken++
+// renewAll recomputes what gateways are told, or what all others are, and returns those
+// for whom it has changed. moved are the workloads whose record has.
+func (p *Pipeline) renewAll(gateways bool, moved []federation.WorkloadKey) (woken []*feed) {
+	for at, s := range p.scopes {
+		for kind, r := range s.roles {
+			if gateways == (kind == federation.GatewayRole) {
+				woken = p.renewRole(at, s, r, woken)
+			}
+		}
+	}
+	for _, key := range moved {
+		for f := range p.feeds[key] {
+			w := p.snapshot.Workloads[key]
+			if w == nil || w == f.load || gateways != (w.Role == federation.GatewayRole) {
+				continue // who is gone keeps what he has
+			}
+			f.know(w)
+			if p.place(f) {
+				woken = append(woken, f)
+			}
 		}
 	}
 	return woken
+}
+
+// renewRole recomputes the classes of one role in one scope, if anything has changed
+// there, and adds those that are to be woken.
+func (p *Pipeline) renewRole(at federation.Scope, s *scope, r *role, woken []*feed) []*feed {
+	p.look(at, s)
+	some, all := r.generator.Moved(s.view, p.index)
+	if r.stale || r.index != p.index || !s.view.SameRoads(r.view) || len(s.view.Changed(r.view)) > 0 {
+		for kind, c := range r.classes {
+			if len(c.feeds) == 0 {
+				delete(r.classes, kind)
+			} else if p.make(s, r, c) {
+				woken = slices.AppendSeq(woken, maps.Keys(c.feeds))
+			}
+		}
+	}
+	r.view, r.index, r.stale = s.view, p.index, false
+	if all {
+		some = nil
+		for _, c := range r.classes {
+			for f := range c.feeds {
+				some = append(some, f.key)
+			}
+		}
+	}
+	for _, key := range some {
+		for f := range p.feeds[key] {
+			if c := f.class.Load(); r.classes[c.kind] == c && p.place(f) {
+				woken = append(woken, f)
+			}
+		}
+	}
+	return woken
+}
+
+// look brings a scope's view up to the newest snapshot.
+func (p *Pipeline) look(at federation.Scope, s *scope) {
+	if s.made != p.snapshot {
+		s.prior, s.view, s.made = s.view, p.snapshot.ViewFrom(s.view, at), p.snapshot
+	}
+}
+
+// make computes what a class is told, and tells whether that has changed.
+func (p *Pipeline) make(s *scope, r *role, c *class) bool {
+	for f := range c.feeds {
+		if !f.isGateway() {
+			break // all or none
+		}
+		f.remember()
+	}
+	resources, findings := r.generator.BuildClass(s.view, p.index, c.kind)
+	p.metrics.builds.Inc()
+	c.findings = findings
+	was := c.state.Load()
+	if was != nil {
+		if resources = keepLists(was.resources, resources); sameResources(was.resources, resources) {
+			return false
+		}
+	}
+	p.sequence++
+	c.state.Store(&state{resources, p.sequence})
+	return true
+}
+
+// place finds the class of a feed, and tells whether it is told something else there.
+func (p *Pipeline) place(f *feed) bool {
+	was, is := f.class.Load(), p.classOf(f.subject)
+	if was == is || is == nil {
+		return false
+	}
+	if was != nil {
+		delete(was.feeds, f)
+	}
+	is.feeds[f] = struct{}{}
+	f.class.Store(is)
+	return true
+}
+
+// classOf finds or makes the class of a proxy; nil if its role is not served.
+func (p *Pipeline) classOf(proxy xds.Proxy) *class {
+	at := proxy.Scope()
+	s := p.scopes[at]
+	if s == nil {
+		s = &scope{damper: &federation.Damper{}, roles: map[federation.ProxyRole]*role{}}
+		p.scopes[at] = s
+	}
+	p.look(at, s)
+	r := s.roles[proxy.Role]
+	if r == nil {
+		factory := p.config.Generators[proxy.Role]
+		if factory == nil {
+			return nil
+		}
+		r = &role{view: s.view, index: p.index, classes: map[xds.Class]*class{}, generator: factory(Restraint{
+			Weigh: func(key federation.WeightKey, ready uint32) uint32 {
+				return s.damper.Weight(p.config.Now(), key, ready)
+			},
+			Closed: func(key federation.WeightKey) bool { return p.closed(s, key) },
+		})}
+		r.generator.Moved(s.view, p.index) // from now on
+		s.roles[proxy.Role] = r
+	}
+	kind := r.generator.Class(s.view, p.index, proxy)
+	c := r.classes[kind]
+	if c == nil {
+		c = &class{kind: kind, name: kind.String(), feeds: map[*feed]struct{}{}}
+		p.make(s, r, c)
+		r.classes[kind] = c
+	}
+	return c
 }
 
 // turnDoors lets callers wait for the gateways at doors that have opened, and tells which
 // have closed.
 func (p *Pipeline) turnDoors() (closed []door) {
 	for at, s := range p.scopes {
-		keeper, ok := s.generators[federation.GatewayRole].(Gatekeeper)
-		if !ok {
+		r := s.roles[federation.GatewayRole]
+		if r == nil {
 			continue
 		}
-		var gateways []*feed
-		for f := range p.feeds {
-			if f.isGateway() && f.subject.Network == at.Network {
-				gateways = append(gateways, f)
-			}
-		}
-		if len(gateways) == 0 {
+		keeper, ok := r.generator.(Gatekeeper)
+		gateways := r.all()
+		if !ok || len(gateways) == 0 {
 			continue
 		}
 		opened, shut := keeper.Doors()
@@ -252,6 +393,15 @@ func (p *Pipeline) turnDoors() (closed []door) {
 	return closed
 }
 
+// all are the feeds of a role.
+func (r *role) all() []*feed {
+	var out []*feed
+	for _, c := range r.classes {
+		out = slices.AppendSeq(out, maps.Keys(c.feeds))
+	}
+	return out
+}
+
 // openDoor waits for those gateways that run, and do not have the door's assignment yet.
 func (p *Pipeline) openDoor(at door, resources xds.Resources, gateways []*feed) {
 	r, _ := resources.Get(xds.EndpointType, at.sni)
@@ -263,7 +413,7 @@ func (p *Pipeline) openDoor(at door, resources xds.Resources, gateways []*feed) 
 	}
 	p.doors.open(at, r.Version, lack, p.elsewhere(at.network))
 	for _, f := range lack {
-		poke(f.changed) // it may have acknowledged already what it has
+		f.wake() // it may have acknowledged already what it has
 	}
 }
 
@@ -273,9 +423,16 @@ func (p *Pipeline) keepDoors(closed []door) {
 		return
 	}
 	var callers []*feed
-	for f := range p.feeds {
-		if !f.isGateway() && !f.tardy.Load() {
-			callers = append(callers, f)
+	for _, s := range p.scopes {
+		for kind, r := range s.roles {
+			if kind == federation.GatewayRole {
+				continue
+			}
+			for _, f := range r.all() {
+				if !f.tardy.Load() {
+					callers = append(callers, f)
+				}
+			}
 		}
 	}
 	p.doors.close(closed, callers)
@@ -286,12 +443,8 @@ func (p *Pipeline) keepDoors(closed []door) {
 func (p *Pipeline) elsewhere(network federation.Network) bool {
 	if p.absent == nil {
 		p.absent = map[federation.Network]bool{}
-		here := map[federation.WorkloadKey]bool{}
-		for f := range p.feeds {
-			here[f.key] = true
-		}
 		for key, w := range p.snapshot.Workloads {
-			if w.Role == federation.GatewayRole && w.Ready && !here[key] {
+			if w.Role == federation.GatewayRole && w.Ready && len(p.feeds[key]) == 0 {
 				p.absent[w.Network] = true
 			}
 		}
@@ -320,43 +473,44 @@ func (s *scope) arrives(key federation.WeightKey) bool {
 	return !ok || old.ReadyIn(key.Network) == 0
 }
 
-// adopt takes a snapshot, and notes which workloads are gone since the last one.
-func (p *Pipeline) adopt(given *federation.Snapshot) {
+// adopt takes a snapshot, notes which workloads are gone since the last one, and returns
+// those whose record has changed.
+func (p *Pipeline) adopt(given *federation.Snapshot) (moved []federation.WorkloadKey) {
 	s := given
 	if p.config.Prepare != nil {
 		s = p.config.Prepare(given)
 	}
 	now := p.config.Now()
-	if p.snapshot != nil && !sameMap(p.snapshot.Workloads, s.Workloads) {
-		for key := range p.snapshot.Workloads {
-			if _, ok := s.Workloads[key]; !ok {
-				p.gone[key] = now
-			}
+	if p.snapshot != nil {
+		moved = s.ChangedWorkloads(p.snapshot)
+	}
+	for _, key := range moved {
+		if _, there := s.Workloads[key]; there {
+			delete(p.gone, key)
+		} else {
+			p.gone[key] = now
 		}
 	}
-	maps.DeleteFunc(p.gone, func(key federation.WorkloadKey, at time.Time) bool {
-		_, back := s.Workloads[key]
-		return back || now.Sub(at) > remembered
-	})
+	if now.Sub(p.tidied) > remembered/60 {
+		p.tidied = now
+		maps.DeleteFunc(p.gone, func(_ federation.WorkloadKey, at time.Time) bool { return now.Sub(at) > remembered })
+	}
 	if p.snapshot != s {
 		p.index = config.NewFrom(p.index, s)
 	}
 	p.snapshot = s
-}
-
-// sameMap compares by identity: what stands in snapshots does not change.
-func sameMap[K comparable, V any](a, b map[K]V) bool {
-	return reflect.ValueOf(a).Pointer() == reflect.ValueOf(b).Pointer()
+	return moved
 }
 
 // letGo makes the services be made again that were held back long enough.
 func (p *Pipeline) letGo(now time.Time) {
 	opened, dropped := p.doors.settle()
 	for _, at := range dropped {
-		if s := p.scopes[federation.Scope{Network: at.network, Gateway: true}]; s != nil {
-			if keeper, ok := s.generators[federation.GatewayRole].(Gatekeeper); ok {
+		if s := p.scopes[federation.Scope{Network: at.network, Gateway: true}]; s != nil && s.roles[federation.GatewayRole] != nil {
+			r := s.roles[federation.GatewayRole]
+			if keeper, ok := r.generator.(Gatekeeper); ok {
 				keeper.Close(at.sni)
-				s.made = nil
+				r.stale = true
 			}
 		}
 	}
@@ -368,10 +522,10 @@ func (p *Pipeline) letGo(now time.Time) {
 		if len(names) == 0 {
 			continue
 		}
-		for _, g := range s.generators {
-			g.Forget(names...)
+		for _, r := range s.roles {
+			r.generator.Forget(names...)
+			r.stale = true // the same services, another split
 		}
-		s.made = nil // the same services, another split
 	}
 }
 
@@ -391,79 +545,33 @@ func (p *Pipeline) nextDue() time.Duration {
 	return max(wait, 0)
 }
 
-// feedIt recomputes what one feed is told, and tells whether that has changed.
-func (p *Pipeline) feedIt(f *feed) bool {
-	if w := p.snapshot.Workloads[f.key]; w != nil && w != f.load {
-		f.load, f.subject, f.sorted = w, xds.ProxyOf(w, f.peer.TrustDomain), nil
-	}
-	frame, ok := p.frame(f)
-	if !ok {
-		return false
-	}
-	return f.put(frame)
-}
-
-// frame makes or finds what a proxy is told now.
-func (p *Pipeline) frame(f *feed) (Frame, bool) {
-	proxy, at := f.subject, f.subject.Scope()
-	s := p.scopes[at]
-	if s == nil {
-		s = &scope{damper: &federation.Damper{}, generators: map[federation.ProxyRole]Generator{}}
-		p.scopes[at] = s
-	}
-	s.used = true
-	if s.made != p.snapshot {
-		s.prior, s.view, s.made = s.view, p.snapshot.ViewFrom(s.view, at), p.snapshot
-	}
-	g := s.generators[proxy.Role]
-	if g == nil {
-		factory := p.config.Generators[proxy.Role]
-		if factory == nil {
-			return Frame{}, false
-		}
-		g = factory(Restraint{
-			Weigh: func(key federation.WeightKey, ready uint32) uint32 {
-				return s.damper.Weight(p.config.Now(), key, ready)
-			},
-			Closed: func(key federation.WeightKey) bool { return p.closed(s, key) },
-		})
-		s.generators[proxy.Role] = g
-	}
-	if census := g.Census(s.view, p.index); f.sorted != g || f.census != census {
-		f.kind, f.sorted, f.census = g.Class(s.view, p.index, proxy), g, census
-		f.class = f.kind.String()
-	}
-	kind := f.kind
-	c := p.classes[kind]
-	if c == nil {
-		c = &class{}
-		p.classes[kind] = c
-	}
-	c.used = true
-	if c.view != s.view || c.index != p.index {
-		resources, findings := g.BuildClass(s.view, p.index, kind)
-		c.view, c.index, c.findings = s.view, p.index, findings
-		c.resources = keepLists(c.resources, resources)
-		p.metrics.builds.Inc()
-	}
-	return Frame{Proxy: proxy, Class: f.class, Revision: p.snapshot.Revision, Resources: c.resources}, true
-}
-
 // keepLists shares every list that has not changed with what was there before, so that
 // equality can be seen without comparing; if none has, it is the very same map.
 func keepLists(old, fresh xds.Resources) xds.Resources {
-	same := len(old) == len(fresh)
+	if sameMap(old, fresh) {
+		return old
+	}
+	same, again := len(old) == len(fresh), xds.Resources{}
 	for typeURL, list := range fresh {
-		if equalLists(old[typeURL], list) {
-			fresh[typeURL] = old[typeURL]
-		} else {
+		if !equalLists(old[typeURL], list) {
 			same = false
+		} else if !sameList(old[typeURL], list) {
+			again[typeURL] = old[typeURL]
 		}
 	}
 	if same && old != nil {
 		return old
 	}
+	if len(again) > 0 {
+		fresh = maps.Clone(fresh) // it is not ours
+		maps.Copy(fresh, again)
+	}
 	return fresh
+}
+
+// sameMap compares by identity: who makes resources does not change them.
+func sameMap(a, b xds.Resources) bool {
+	return reflect.ValueOf(a).Pointer() == reflect.ValueOf(b).Pointer()
 }
 
 func equalLists(a, b []xds.Resource) bool {
@@ -483,10 +591,17 @@ func equalLists(a, b []xds.Resource) bool {
 
 // sweep drops what no feed uses.
 func (p *Pipeline) sweep() {
-	maps.DeleteFunc(p.scopes, func(_ federation.Scope, s *scope) bool { return !s.used })
-	maps.DeleteFunc(p.classes, func(_ xds.Class, c *class) bool { return !c.used })
-	for _, s := range p.scopes {
+	for at, s := range p.scopes {
 		s.prior = nil
+		for kind, r := range s.roles {
+			maps.DeleteFunc(r.classes, func(_ xds.Class, c *class) bool { return len(c.feeds) == 0 })
+			if len(r.classes) == 0 {
+				delete(s.roles, kind)
+			}
+		}
+		if len(s.roles) == 0 {
+			delete(p.scopes, at)
+		}
 	}
 	p.absent = nil
 }
@@ -532,13 +647,16 @@ func (p *Pipeline) attach(peer Peer) (*feed, <-chan struct{}, error) {
 		return nil, nil, status.Errorf(codes.PermissionDenied, "workload %s is %s/%s with service account %q, not %s with %q",
 			peer.Workload.UID, w.Namespace, w.Name, w.ServiceAccount, peer.Namespace, peer.ServiceAccount)
 	}
-	f := &feed{pipeline: p, key: peer.Workload, peer: peer, load: w, subject: xds.ProxyOf(w, peer.TrustDomain), changed: make(chan struct{}, 1)}
-	frame, ok := p.frame(f)
-	if !ok {
+	f := &feed{pipeline: p, key: peer.Workload, peer: peer, changed: make(chan struct{}, 1)}
+	f.know(w)
+	if !p.place(f) {
 		return nil, nil, status.Errorf(codes.FailedPrecondition, "proxies of role %q are not served here", w.Role)
 	}
-	f.put(frame)
-	p.feeds[f] = struct{}{}
+	if p.feeds[f.key] == nil {
+		p.feeds[f.key] = map[*feed]struct{}{}
+	}
+	p.feeds[f.key][f] = struct{}{}
+	poke(f.changed)
 	return f, nil, nil
 }
 
@@ -562,8 +680,12 @@ func (p *Pipeline) Findings() []federation.Finding {
 			add(s.view.Findings)
 		}
 	}
-	for _, c := range p.classes {
-		add(c.findings)
+	for _, s := range p.scopes {
+		for _, r := range s.roles {
+			for _, c := range r.classes {
+				add(c.findings)
+			}
+		}
 	}
 	return out
 }
@@ -588,182 +710,4 @@ func (p *Pipeline) Synced() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.snapshot != nil
-}
-
-// feed implements Feed.
-type feed struct {
-	pipeline *Pipeline
-	key      federation.WorkloadKey
-	peer     Peer
-	changed  chan struct{}
-
-	// Under the pipeline's lock: who is told, and of which class it is, according to which
-	// generator at which census.
-	load    *federation.Workload
-	subject xds.Proxy
-	kind    xds.Class
-	class   string
-	sorted  Generator
-	census  uint64
-
-	acked atomic.Uint64 // the newest frame of which all was acknowledged
-	runs  atomic.Bool   // there has been one
-	tardy atomic.Bool   // was waited for in vain, and has not been heard of since
-
-	mu  sync.Mutex
-	now Frame
-
-	// Of gateways, before is what was told before the last computation, and synced tells
-	// that all of it had been acknowledged.
-	before xds.Resources
-	synced bool
-}
-
-func (f *feed) isGateway() bool { return f.subject.Role == federation.GatewayRole }
-
-// put sets the frame and wakes the reader if its resources are others.
-func (f *feed) put(frame Frame) bool {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.isGateway() {
-		f.before, f.synced = f.now.Resources, f.acked.Load() == f.now.sequence
-	}
-	frame.sequence = f.now.sequence
-	changed := !sameResources(f.now.Resources, frame.Resources)
-	if changed {
-		frame.sequence++
-	}
-	f.now = frame
-	if changed {
-		poke(f.changed)
-	}
-	return changed
-}
-
-// current tells whether all that there is to be told has been acknowledged.
-func (f *feed) current() bool {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.acked.Load() == f.now.sequence
-}
-
-// hadAll tells whether an assignment was acknowledged before the last computation, and is
-// still the same.
-func (f *feed) hadAll(name, version string) bool {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	r, ok := f.before.Get(xds.EndpointType, name)
-	return ok && f.synced && r.Version == version
-}
-
-// Heard implements Feed.
-func (f *feed) Heard(frame Frame, holds Holdings) {
-	if holds.Settled() {
-		f.acked.Store(frame.sequence)
-		f.runs.Store(true)
-		f.tardy.Store(false)
-	}
-	f.pipeline.doors.heard(f, holds)
-}
-
-// sameResources compares by identity of the lists.
-func sameResources(a, b xds.Resources) bool {
-	if len(a) != len(b) {
-		return false
-	}
-	for typeURL, list := range b {
-		if !sameList(a[typeURL], list) {
-			return false
-		}
-	}
-	return true
-}
-
-// Current implements Feed.
-func (f *feed) Current() Frame { return f.told() }
-
-func (f *feed) told() Frame {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.now
-}
-
-// Changed implements Feed.
-func (f *feed) Changed() <-chan struct{} { return f.changed }
-
-// Close implements Feed.
-func (f *feed) Close() {
-	f.pipeline.mu.Lock()
-	defer f.pipeline.mu.Unlock()
-	delete(f.pipeline.feeds, f)
-	f.pipeline.doors.leave(f)
-}
-
-type pipelineMetrics struct {
-	builds   prometheus.Counter
-	duration prometheus.Histogram
-	woken    prometheus.Counter
-	waits    prometheus.Histogram
-	overdue  prometheus.Counter
-	classes  *prometheus.Desc
-}
-
-func newPipelineMetrics() *pipelineMetrics {
-	name := func(s string) prometheus.Opts {
-		return prometheus.Opts{Namespace: "isthmus", Subsystem: "xds", Name: s}
-	}
-	builds, woken, overdue := name("class_builds_total"), name("streams_woken_total"), name("doors_overdue_total")
-	builds.Help, woken.Help = "Computations of a proxy class.", "Streams that were woken because their resources changed."
-	overdue.Help = "Services that callers or gateways were told of before the other side had acknowledged, because it did not within 2 s."
-	return &pipelineMetrics{
-		overdue: prometheus.NewCounter(prometheus.CounterOpts(overdue)),
-		waits: prometheus.NewHistogram(prometheus.HistogramOpts{
-			Namespace: "isthmus", Subsystem: "xds", Name: "door_wait_seconds",
-			Help:    "How long callers were not told of a service's first endpoints in a network, until its gateways had acknowledged them.",
-			Buckets: []float64{.001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2},
-		}),
-		builds: prometheus.NewCounter(prometheus.CounterOpts(builds)),
-		woken:  prometheus.NewCounter(prometheus.CounterOpts(woken)),
-		duration: prometheus.NewHistogram(prometheus.HistogramOpts{
-			Namespace: "isthmus", Subsystem: "xds", Name: "computation_seconds",
-			Help:    "From a snapshot to the resources of all connected classes.",
-			Buckets: []float64{.0005, .001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5},
-		}),
-		classes: prometheus.NewDesc("isthmus_xds_proxy_classes", "Proxy classes that are connected.", nil, nil),
-	}
-}
-
-func (m *pipelineMetrics) computed(took time.Duration, woken int) {
-	m.duration.Observe(took.Seconds())
-	m.woken.Add(float64(woken))
-}
-
-func (m *pipelineMetrics) waited(waits []time.Duration, overdue int) {
-	for _, w := range waits {
-		m.waits.Observe(w.Seconds())
-	}
-	m.overdue.Add(float64(overdue))
-}
-
-// Describe implements prometheus.Collector.
-func (p *Pipeline) Describe(ch chan<- *prometheus.Desc) {
-	p.metrics.waits.Describe(ch)
-	p.metrics.overdue.Describe(ch)
-	p.metrics.builds.Describe(ch)
-	p.metrics.woken.Describe(ch)
-	p.metrics.duration.Describe(ch)
-	ch <- p.metrics.classes
-}
-
-// Collect implements prometheus.Collector.
-func (p *Pipeline) Collect(ch chan<- prometheus.Metric) {
-	p.metrics.waits.Collect(ch)
-	p.metrics.overdue.Collect(ch)
-	p.metrics.builds.Collect(ch)
-	p.metrics.woken.Collect(ch)
-	p.metrics.duration.Collect(ch)
-	p.mu.Lock()
-	n := len(p.classes)
-	p.mu.Unlock()
-	ch <- prometheus.MustNewConstMetric(p.metrics.classes, prometheus.GaugeValue, float64(n))
 }
