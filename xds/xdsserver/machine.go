@@ -189,22 +189,24 @@ func (m *machine) request(r request, now time.Time) {
 // the proxy keeps what it had, and is told again only when there is something new.
 func (s *subscription) acknowledge(r request, now time.Time) {
 	if r.isNACK {
-		s.refusals = append(s.refusals, refusal{at: now, names: blamed(s.sentNames, r.refused), message: r.refused})
+		names := blamed(s.sentNames, r.refused)
+		s.forget(names)
+		s.refusals = append(s.refusals, refusal{at: now, names: names, message: r.refused})
 		if len(s.refusals) > keptRefusals {
 			s.refusals = slices.Delete(s.refusals, 0, 1)
 		}
 	} else {
 		s.acks++
 		s.ackedAt = now
-		s.forgive()
+		s.forget(s.sentNames)
 	}
 	s.inFlight, s.sentNames = "", nil
 }
 
-// forgive drops refusals of resources that have been accepted since.
-func (s *subscription) forgive() {
+// forget drops refusals of resources about which there is newer word, all of them.
+func (s *subscription) forget(names []string) {
 	s.refusals = slices.DeleteFunc(s.refusals, func(f refusal) bool {
-		return len(f.names) > 0 && !slices.ContainsFunc(f.names, func(n string) bool { return !slices.Contains(s.sentNames, n) })
+		return len(f.names) > 0 && !slices.ContainsFunc(f.names, func(n string) bool { return !slices.Contains(names, n) })
 	})
 }
 
