@@ -3,6 +3,8 @@
 package relay
 
 import (
+	"fmt"
+
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	statuspb "google.golang.org/genproto/googleapis/rpc/status"
@@ -32,17 +34,9 @@ type dialect struct {
 	// variant has none.
 	tell func(n *corev3.Node) proto.Message
 	// answer decodes a name table response.
-	answer func(data []byte) (tableAnswer, error)
+	answer func(data []byte) (namesAnswer, error)
 	// confirm acknowledges an answer, or refuses it when problem is set.
-	confirm func(a tableAnswer, problem error) proto.Message
-}
-
-// tableAnswer is one response of type NameTable.
-type tableAnswer struct {
-	nonce   string
-	version string // state of the world only
-	held    map[string]string
-	table   *api.NameTable // nil if the answer holds none
+	confirm func(a namesAnswer, problem error) proto.Message
 }
 
 var incremental = dialect{
@@ -56,22 +50,25 @@ var incremental = dialect{
 	tell: func(n *corev3.Node) proto.Message {
 		return &discoveryv3.DeltaDiscoveryRequest{TypeUrl: listenerType, Node: n}
 	},
-	answer: func(data []byte) (tableAnswer, error) {
+	answer: func(data []byte) (namesAnswer, error) {
 		var response discoveryv3.DeltaDiscoveryResponse
 		if err := proto.Unmarshal(data, &response); err != nil {
-			return tableAnswer{}, err
+			return namesAnswer{}, err
 		}
-		a := tableAnswer{nonce: response.GetNonce(), held: map[string]string{}}
+		a := namesAnswer{
+			nonce: response.GetNonce(), removed: response.GetRemovedResources(),
+			fresh: names{map[string]*api.NameTable{}, map[string]string{}},
+		}
 		for _, resource := range response.GetResources() {
-			a.held[resource.GetName()] = resource.GetVersion()
+			part := &api.NameTable{}
+			if err := resource.GetResource().UnmarshalTo(part); err != nil {
+				return a, fmt.Errorf("%q: %w", resource.GetName(), err)
+			}
+			a.fresh.parts[resource.GetName()], a.fresh.versions[resource.GetName()] = part, resource.GetVersion()
 		}
-		if len(response.GetResources()) == 0 {
-			return a, nil
-		}
-		a.table = &api.NameTable{}
-		return a, response.GetResources()[0].GetResource().UnmarshalTo(a.table)
+		return a, nil
 	},
-	confirm: func(a tableAnswer, problem error) proto.Message {
+	confirm: func(a namesAnswer, problem error) proto.Message {
 		return &discoveryv3.DeltaDiscoveryRequest{TypeUrl: NameTableType, ResponseNonce: a.nonce, ErrorDetail: detail(problem)}
 	},
 }
@@ -84,19 +81,22 @@ var stateOfTheWorld = dialect{
 	subscribe: func(map[string]string) proto.Message {
 		return &discoveryv3.DiscoveryRequest{TypeUrl: NameTableType}
 	},
-	answer: func(data []byte) (tableAnswer, error) {
+	answer: func(data []byte) (namesAnswer, error) {
 		var response discoveryv3.DiscoveryResponse
 		if err := proto.Unmarshal(data, &response); err != nil {
-			return tableAnswer{}, err
+			return namesAnswer{}, err
 		}
-		a := tableAnswer{nonce: response.GetNonce(), version: response.GetVersionInfo()}
-		if len(response.GetResources()) == 0 {
-			return a, nil
+		a := namesAnswer{nonce: response.GetNonce(), version: response.GetVersionInfo(), whole: true, fresh: names{parts: map[string]*api.NameTable{}}}
+		for i, resource := range response.GetResources() {
+			part := &api.NameTable{}
+			if err := resource.UnmarshalTo(part); err != nil {
+				return a, err
+			}
+			a.fresh.parts[fmt.Sprintf("%08d", i)] = part
 		}
-		a.table = &api.NameTable{}
-		return a, response.GetResources()[0].UnmarshalTo(a.table)
+		return a, nil
 	},
-	confirm: func(a tableAnswer, problem error) proto.Message {
+	confirm: func(a namesAnswer, problem error) proto.Message {
 		return &discoveryv3.DiscoveryRequest{TypeUrl: NameTableType, VersionInfo: a.version, ResponseNonce: a.nonce, ErrorDetail: detail(problem)}
 	},
 }

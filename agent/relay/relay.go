@@ -43,7 +43,8 @@ type Relay struct {
 	Ready func(ctx context.Context) error
 	// Dial opens connections; nil uses the network as it is.
 	Dial func(ctx context.Context, address string) (net.Conn, error)
-	// Names gets each name table. If nil, none is asked for.
+	// Names gets the whole name table whenever it changes. It may not call the relay. If
+	// nil, none is asked for.
 	Names func(*api.NameTable)
 	// Expires is when the workload's certificate ends, and a channel that is closed
 	// when that may have changed. If set, meshd is told at the start and each time:
@@ -56,8 +57,8 @@ type Relay struct {
 	configured atomic.Bool
 
 	mu   sync.Mutex
-	held map[string]string // name table resources and their versions
-	last error             // why the last attempt to connect failed
+	held names
+	last error // why the last attempt to connect failed
 }
 
 // Connected tells whether an upstream stream is open.
@@ -284,10 +285,7 @@ func (x *exchange) names(data []byte) error {
 		x.relay.Log.Warn("name table refused", "error", err)
 		return x.sendMessage(x.dialect.confirm(answer, fmt.Errorf("name table: %w", err)))
 	}
-	if answer.table != nil && x.relay.Names != nil {
-		x.relay.Names(answer.table)
-		x.relay.hold(answer.held)
-	}
+	x.relay.take(answer)
 	return x.sendMessage(x.dialect.confirm(answer, nil))
 }
 
@@ -312,11 +310,17 @@ func (x *exchange) send(f *frame) error {
 func (r *Relay) heldNames() map[string]string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.held
+	return r.held.versions
 }
 
-func (r *Relay) hold(held map[string]string) {
+// take hands on the names as they are with an answer. Several streams of one Envoy may
+// overlap for a moment: their answers are taken one after the other.
+func (r *Relay) take(a namesAnswer) {
+	if r.Names == nil || a.empty() {
+		return
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.held = held // replaced whole, never changed, so readers may keep the old one
+	r.held = r.held.after(a)
+	r.Names(r.held.table())
 }

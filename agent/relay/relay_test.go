@@ -7,7 +7,9 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"maps"
 	"net"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -139,6 +141,61 @@ func check(t *testing.T, err error) {
 func table(t *testing.T, host string) *anypb.Any {
 	t.Helper()
 	return value[*anypb.Any](t)(anypb.New(&api.NameTable{Table: map[string]*api.NameTable_NameInfo{host: {Ips: []string{"10.0.0.1"}}}}))
+}
+
+// The name table comes in parts, one for each service, and a stream after the first one asks
+// only for what it does not hold.
+func TestNamesComeInParts(t *testing.T) {
+	t.Parallel()
+	s := start(t)
+	part := func(name, version, host string) *discoveryv3.Resource {
+		return &discoveryv3.Resource{Name: name, Version: version, Resource: table(t, host)}
+	}
+	type answers = []*discoveryv3.DeltaDiscoveryResponse
+	for i, c := range []struct {
+		held    map[string]string // what the stream starts with
+		answers answers
+		tables  []string // the names after each answer; an answer of nothing changes none
+	}{
+		{nil, answers{
+			{Resources: []*discoveryv3.Resource{part("a", "1", "a.shop"), part("b", "1", "b.shop")}},
+			{},
+			{Resources: []*discoveryv3.Resource{part("b", "2", "bee.shop")}, RemovedResources: []string{"a"}},
+		}, []string{"a.shop b.shop", "", "bee.shop"}},
+		{map[string]string{"b": "2"}, answers{
+			{Resources: []*discoveryv3.Resource{part("c", "1", "c.shop")}},
+			{RemovedResources: []string{"b", "c"}},
+		}, []string{"bee.shop c.shop", "-"}},
+	} {
+		ctx, cancel := context.WithCancel(s.ctx)
+		down := value[discoveryv3.AggregatedDiscoveryService_DeltaAggregatedResourcesClient](t)(s.client.DeltaAggregatedResources(ctx))
+		check(t, down.Send(&discoveryv3.DeltaDiscoveryRequest{TypeUrl: listenerType}))
+		up := <-s.delta
+		value[*discoveryv3.DeltaDiscoveryRequest](t)(up.Recv())
+		asked := value[*discoveryv3.DeltaDiscoveryRequest](t)(up.Recv())
+		if got := asked.GetInitialResourceVersions(); !maps.Equal(got, c.held) {
+			t.Errorf("stream %d starts with %v, want %v", i, got, c.held)
+		}
+		for j, answer := range c.answers {
+			answer.TypeUrl = NameTableType
+			check(t, up.Send(answer))
+			if got := value[*discoveryv3.DeltaDiscoveryRequest](t)(up.Recv()); got.GetErrorDetail() != nil {
+				t.Errorf("answer %d.%d is refused: %v", i, j, got)
+			}
+			if c.tables[j] == "" {
+				continue
+			}
+			hosts := slices.Sorted(maps.Keys((<-s.tables).GetTable()))
+			if got := strings.Join(hosts, " "); got != strings.Trim(c.tables[j], "-") {
+				t.Errorf("after answer %d.%d the names are %q, want %q", i, j, got, c.tables[j])
+			}
+		}
+		if len(s.tables) > 0 {
+			t.Errorf("stream %d: one more table: %v", i, <-s.tables)
+		}
+		cancel()
+		s.end <- nil
+	}
 }
 
 func TestFramesPassUnchangedAndNamesAreAdded(t *testing.T) {
@@ -319,6 +376,29 @@ func FuzzText(f *testing.F) {
 		}
 		if string(got) != message.GetTypeUrl() {
 			t.Fatalf("%q, protobuf says %q", got, message.GetTypeUrl())
+		}
+	})
+}
+
+// What meshd answers never brings the agent down, and what is held of it is whole.
+func FuzzNames(f *testing.F) {
+	value, _ := proto.Marshal(&api.NameTable{Table: map[string]*api.NameTable_NameInfo{"a.shop": {Ips: []string{"10.0.0.1"}}}})
+	part := &anypb.Any{TypeUrl: NameTableType, Value: value}
+	delta, _ := proto.Marshal(&discoveryv3.DeltaDiscoveryResponse{Resources: []*discoveryv3.Resource{{Name: "a", Version: "1", Resource: part}}, RemovedResources: []string{"b"}})
+	world, _ := proto.Marshal(&discoveryv3.DiscoveryResponse{Resources: []*anypb.Any{part}})
+	f.Add(delta, world)
+	f.Add([]byte{0xff}, []byte{})
+	f.Fuzz(func(t *testing.T, delta, world []byte) {
+		var held names
+		if a, err := incremental.answer(delta); err == nil {
+			held = held.after(a)
+			if len(held.parts) != len(held.versions) {
+				t.Fatalf("%d parts with %d versions", len(held.parts), len(held.versions))
+			}
+			held.table()
+		}
+		if a, err := stateOfTheWorld.answer(world); err == nil {
+			held.after(a).table()
 		}
 	})
 }
