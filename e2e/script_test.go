@@ -57,7 +57,7 @@ func TestScripts(t *testing.T) {
 			env.Values[stageKey] = &play{Stage: s}
 			env.Defer(func() {
 				if t, ok := env.T().(interface{ Failed() bool }); ok && t.Failed() {
-					env.T().Log(s.Tails(40))
+					env.T().Log(s.Tails(40) + s.View(context.Background()))
 				}
 				if err := s.Close(); err != nil {
 					env.T().Log("left on the stage: ", err)

@@ -66,6 +66,10 @@ type Status struct {
 	Beacon time.Time
 	Lag    time.Duration
 
+	// Unheard is since when the source hears nothing of some kind of objects, although it
+	// may hear of others; zero while it hears of all.
+	Unheard time.Time
+
 	// Version of what is behind the source, "v1.36.3".
 	Version string
 

@@ -196,6 +196,10 @@ func TestClustersTellHowTheyAre(t *testing.T) {
 			Conditions: []federation.Condition{good, {Type: federation.Reachable, Status: false, Reason: "Refused", Since: now.Add(-42 * time.Second)}},
 			Beacon:     now.Add(-42 * time.Second), Lag: 30 * time.Millisecond,
 		}}, "Degraded", time.Minute, 42 * time.Second},
+		{"it says nothing of one kind", registry.SourceState{Source: east, Holding: true, Status: registry.Status{
+			Conditions: []federation.Condition{{Type: federation.Synced, Reason: "Silent"}, {Type: federation.Reachable, Status: true}},
+			Beacon:     now, Lag: 30 * time.Millisecond, Unheard: now.Add(-20 * time.Second),
+		}}, "Degraded", time.Minute, 20 * time.Second},
 		{"another cluster answers", registry.SourceState{Source: east, Holding: true, Status: registry.Status{
 			Conditions: []federation.Condition{good, {Type: federation.SameCluster, Status: false}},
 		}}, "Refused", time.Minute, 0},

@@ -221,6 +221,10 @@ func (s *Server) live(st *api.ClusterStatus, state registry.SourceState, conditi
 	if reachable, ok := conditions[federation.Reachable]; age <= freshFor && (!ok || reachable.Status) {
 		age = state.Status.Lag
 	}
+	if unheard := state.Status.Unheard; !unheard.IsZero() {
+		// The beacon travels, but nothing is heard of something else.
+		age = max(age, s.cfg.Clock().Sub(unheard))
+	}
 	st.Lag = durationpb.New(age)
 }
 

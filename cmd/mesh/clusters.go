@@ -22,7 +22,8 @@ func (s *session) clustersCommand() *cobra.Command {
 		Short: "List the joined clusters and their state",
 		Long: `List the joined clusters and their state.
 
-LAG is how old what meshd knows of the cluster may be. CREDENTIALS says whether
+LAG is how old what meshd knows of the cluster may be: of the kind of objects that it
+has not heard of for longest. REASON (-o wide) names such kinds. CREDENTIALS says whether
 meshd renews its credential for the cluster itself, and how long it is valid.
 STANDING (-o wide) is how much its endpoints count for others: "fresh", "demoted"
 (its API server is away: called last) or "drained" (its gateways too: called only
@@ -133,11 +134,16 @@ func (s *session) credentialText(st *api.ClusterStatus) string {
 func reasonText(conditions []*api.Condition) string {
 	var reasons []string
 	for _, c := range conditions {
-		if c.GetStatus() != "True" {
-			reasons = append(reasons, c.GetReason())
+		if c.GetStatus() == "True" {
+			continue
 		}
+		reason := c.GetReason()
+		if c.GetMessage() != "" {
+			reason += ": " + c.GetMessage()
+		}
+		reasons = append(reasons, reason)
 	}
-	return strings.Join(reasons, ",")
+	return strings.Join(reasons, "; ")
 }
 
 func phaseTone(phase string) tone {

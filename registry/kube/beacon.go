@@ -34,7 +34,7 @@ func (r *run) beat(ctx context.Context) {
 	defer stop()
 	returned := newTable(&registry.Interner{}, beaconOf, same[beaconRow], r.beaconReturned)
 	go returned.follow(watching, "beacon", &coordinationv1.Lease{},
-		r.typed(func(a *API) restClient { return a.leases }, "leases", Namespace, "metadata.name="+beaconLease), r.guard)
+		r.typed(func(a *API) restClient { return a.leases }, "leases", Namespace, "metadata.name="+beaconLease), r.guard, r.hearing())
 	var since time.Time // when the present silence began
 	tick := time.NewTicker(r.config.Beat)
 	defer tick.Stop()
@@ -58,11 +58,13 @@ func (r *run) beat(ctx context.Context) {
 				}
 			}
 			since = time.Time{}
+			r.observeSync(true) // first, lest the member looks well in between
 			r.observe(federation.Condition{Type: federation.Reachable, Status: true, Reason: "Answers"})
 		default:
 			if since.IsZero() {
 				since = began
 			}
+			r.wasAway.Store(true)
 			r.observe(federation.Condition{Type: federation.Reachable, Reason: reasonOf(err), Message: messageOf(err, a), Since: since})
 			// Connections that only seem to live would keep us waiting when it is back.
 			a.api.hangUp()

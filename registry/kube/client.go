@@ -22,6 +22,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/runtime/serializer"
+	utilnet "k8s.io/apimachinery/pkg/util/net"
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
@@ -90,6 +91,7 @@ func NewAPI(config *rest.Config) (*API, error) {
 	}
 	a := &API{dialer: connrotation.NewDialer(connrotation.DialFunc(dial))}
 	config.Dial = a.dialer.DialContext
+	config.Wrap(pingOften)
 	var err error
 	if a.http, err = rest.HTTPClientFor(config); err != nil {
 		return nil, fmt.Errorf("api server %s: %w", config.Host, err)
@@ -118,6 +120,26 @@ func NewAPI(config *rest.Config) (*API, error) {
 	}
 	return a, nil
 }
+
+// pingOften makes HTTP/2 connections that bring nothing be tried after pingAfter, and closed
+// if they do not answer as quickly: else that takes 45 s, which is client-go's choice.
+func pingOften(transport http.RoundTripper) http.RoundTripper {
+	inner := transport
+	for {
+		switch t := inner.(type) {
+		case *http.Transport:
+			t.HTTP2 = &http.HTTP2Config{SendPingTimeout: pingAfter, PingTimeout: pingAfter}
+			return transport
+		case utilnet.RoundTripperWrapper:
+			inner = t.WrappedRoundTripper()
+		default:
+			return transport
+		}
+	}
+}
+
+// pingAfter is how long a connection may bring nothing, and a ping take.
+const pingAfter = 5 * time.Second
 
 // hangUp closes all connections. What was waiting on them fails now, instead of when TCP
 // gives up.

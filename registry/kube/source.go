@@ -53,6 +53,12 @@ type SourceConfig struct {
 	// means 10 s.
 	Discovery time.Duration
 
+	// Answer is how long the API server may take to answer a list or a watch, and to go on
+	// with the first state of a kind, before it is asked again with twice the patience; zero
+	// means 10 s. A kind of which nothing is heard for half as long is out of sync. Silence is how long a watch may bring neither changes nor bookmarks, of
+	// which kube-apiserver sends one a minute; zero means 90 s.
+	Answer, Silence time.Duration
+
 	Budget Budget
 
 	// Log; nil means none.
@@ -75,7 +81,8 @@ func NewSource(config SourceConfig) *Source {
 	for _, d := range []struct {
 		field *time.Duration
 		value time.Duration
-	}{{&config.Beat, 5 * time.Second}, {&config.Patience, 2500 * time.Millisecond}, {&config.Discovery, 10 * time.Second}, {&config.Keys, 2 * time.Minute}} {
+	}{{&config.Beat, 5 * time.Second}, {&config.Patience, 2500 * time.Millisecond}, {&config.Discovery, 10 * time.Second}, {&config.Keys, 2 * time.Minute},
+		{&config.Answer, 10 * time.Second}, {&config.Silence, 90 * time.Second}} {
 		if *d.field == 0 {
 			*d.field = d.value
 		}
@@ -112,10 +119,13 @@ type run struct {
 	usable chan struct{} // closed when there is an access
 	again  chan struct{} // the API server answers again
 
+	wasAway atomic.Bool // it did not answer once
+
 	// guardMu lets one goroutine at a time ask who the cluster is.
-	guardMu  sync.Mutex
-	verified time.Time
-	verifier *access
+	guardMu   sync.Mutex
+	verified  time.Time // when it was asked last
+	verifier  *access
+	verifyErr error
 
 	mu         sync.Mutex
 	status     registry.Status
@@ -165,51 +175,111 @@ func (r *run) offer(ctx context.Context) {
 			return
 		case <-r.wake:
 		}
-		r.mu.Lock()
-		discovered := r.discovered
-		r.mu.Unlock()
 		level, ok := r.caches.level()
-		if ok && discovered {
+		if ok && r.knowsKinds() {
 			r.sink.Offer(level)
 			if level.Gateways != nil {
 				r.observe(r.caches.gatewayCondition(level.Gateways))
 			}
 		}
-		r.observeSync(ok && discovered)
+		r.observeSync(r.reachable())
 		if !pause(ctx, settle) {
 			return
 		}
 	}
 }
 
-// observeSync tells whether all kinds arrive.
-func (r *run) observeSync(settled bool) {
-	var waiting, denied []string
-	for kind, s := range r.caches.states() {
-		switch {
-		case s.denied != nil, s.refusedLong(r.config.Now()):
-			denied = append(denied, kind)
-		case !s.synced:
-			waiting = append(waiting, kind)
-		}
-	}
-	if len(waiting) == 0 {
-		waiting = []string{"the list of its kinds"} // discovery
-	}
-	slices.Sort(waiting)
-	slices.Sort(denied)
+// knowsKinds tells whether the kinds of configuration were asked for once.
+func (r *run) knowsKinds() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.discovered
+}
+
+// reachable tells that the API server is not known to be away.
+func (r *run) reachable() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	c, known := r.status.Condition(federation.Reachable)
+	return !known || c.Status
+}
+
+// observeSync tells whether all kinds arrive. While the API server is away nothing does,
+// and that says it all.
+func (r *run) observeSync(reachable bool) {
+	h := r.hear()
+	settled := h.settled && r.knowsKinds()
+	r.update(func(s *registry.Status) bool {
+		changed := !s.Unheard.Equal(h.unheard)
+		s.Unheard = h.unheard
+		return changed
+	})
 	c := federation.Condition{Type: federation.Synced, Status: true, Reason: "Synced"}
 	switch {
-	case len(denied) > 0:
+	case len(h.denied) > 0:
 		c.Status, c.Reason = false, "Forbidden"
-		c.Message = fmt.Sprintf("the API server does not show %s, whose last known state stays; run: mesh join cluster %s", strings.Join(denied, ", "), r.name())
-	case !settled && r.restarting():
+		c.Message = fmt.Sprintf("the API server does not show %s, whose last known state stays; run: mesh join cluster %s", strings.Join(h.denied, ", "), r.name())
+	case !settled && r.wasSynced() && (!reachable || !h.gaveUp && r.restarting()):
 		return
 	case !settled:
 		c.Status, c.Reason = false, "Waiting"
-		c.Message = "waiting for " + strings.Join(waiting, ", ") + "; the last known state is served"
+		c.Message = "waiting for " + strings.Join(h.waiting, ", ") + "; the last known state is served"
+	case len(h.silent) > 0 && !reachable:
+		return
+	case len(h.silent) > 0:
+		c.Status, c.Reason = false, "Silent"
+		c.Message = fmt.Sprintf("the API server says nothing of %s since %s; the last known state is served", strings.Join(h.silent, ", "), h.since.UTC().Format(time.TimeOnly+"Z"))
 	}
 	r.observe(c)
+}
+
+// heard sorts the kinds by what is heard of them.
+type heard struct {
+	waiting []string // that did not arrive yet
+	denied  []string // that the API server does not show
+	silent  []string // that it says nothing of any more
+	since   time.Time
+	settled bool      // waiting longer would not bring more kinds
+	gaveUp  bool      // it was asked for one of those that are waited for in vain
+	unheard time.Time // since when one of them is not heard; zero while all are
+}
+
+func (r *run) hear() heard {
+	h := heard{settled: true}
+	now := r.config.Now()
+	earlier := func(a, b time.Time) time.Time {
+		if a.IsZero() || b.Before(a) {
+			return b
+		}
+		return a
+	}
+	for kind, s := range r.caches.states() {
+		deaf := time.Duration(0)
+		if !s.deaf.IsZero() {
+			deaf = now.Sub(s.deaf)
+		}
+		if s.denied == nil && deaf >= deafFor {
+			h.unheard = earlier(h.unheard, s.deaf)
+		}
+		h.settled = h.settled && s.settled()
+		switch {
+		case s.denied != nil, s.refusedLong(now):
+			h.denied = append(h.denied, kind)
+		case !s.synced:
+			h.waiting = append(h.waiting, kind)
+			h.gaveUp = h.gaveUp || s.gaveUp
+		case deaf >= r.config.Answer/2: // longer than the pause between attempts to watch
+			h.silent = append(h.silent, kind)
+			h.since = earlier(h.since, s.deaf)
+		}
+	}
+	if len(h.waiting) == 0 {
+		h.waiting = []string{"the list of its kinds"} // discovery
+	}
+	for _, kinds := range [][]string{h.waiting, h.denied, h.silent} {
+		slices.Sort(kinds)
+	}
+	return h
 }
 
 // restartGrace is how long the caches of a member that was read before may take to fill
@@ -217,11 +287,13 @@ func (r *run) observeSync(settled bool) {
 // transition: a healthy one is none.
 const restartGrace = 10 * time.Second
 
-// restarting tells that the run is young, and that the member was in sync before.
+// restarting tells that the run is young, and that the API server answered all the time.
 func (r *run) restarting() bool {
-	if r.config.Now().Sub(r.begun) >= restartGrace {
-		return false
-	}
+	return r.config.Now().Sub(r.begun) < restartGrace && !r.wasAway.Load()
+}
+
+// wasSynced tells that the member was in sync when that was stored last.
+func (r *run) wasSynced() bool {
 	m := r.config.Store.Members()[r.config.ID]
 	return m != nil && slices.ContainsFunc(m.Conditions, func(c federation.Condition) bool { return c.Type == federation.Synced && c.Status })
 }
@@ -295,30 +367,37 @@ func (r *run) api() (*API, error) {
 // again at the same time need not all ask.
 const verifiedFor = time.Second
 
-// guard makes sure that what answers is the member, before something is read from it.
+// guard makes sure that what answers is the member, before something is read from it. Who
+// waited while somebody else asked takes that answer, also if there was none: else an API
+// server that says nothing would keep the last of many kinds waiting for all before it.
 func (r *run) guard(ctx context.Context) error {
 	select {
 	case <-r.usable:
 	case <-ctx.Done():
 		return ctx.Err()
 	}
+	came := r.config.Now()
 	r.guardMu.Lock()
 	defer r.guardMu.Unlock()
-	a := r.access.Load()
-	if a == r.verifier && r.config.Now().Sub(r.verified) < verifiedFor {
-		return nil
+	if ctx.Err() != nil {
+		return ctx.Err()
 	}
-	ctx, cancel := context.WithTimeout(ctx, 2*r.config.Patience)
+	a, now := r.access.Load(), r.config.Now()
+	if a == r.verifier && (!r.verified.Before(came) || r.verifyErr == nil && now.Sub(r.verified) < verifiedFor) {
+		return r.verifyErr
+	}
+	r.verifier, r.verified, r.verifyErr = a, now, nil
+	attempt, cancel := context.WithTimeout(ctx, 2*r.config.Patience)
 	defer cancel()
-	id, err := a.api.ClusterID(ctx)
-	if err != nil {
-		return err
+	id, err := a.api.ClusterID(attempt)
+	if err == nil {
+		err = r.checkID(id)
 	}
-	if err := r.checkID(id); err != nil {
-		return err
+	if ctx.Err() != nil {
+		r.verifier = nil // whoever asked has gone: that says nothing
 	}
-	r.verifier, r.verified = a, r.config.Now()
-	return nil
+	r.verifyErr = err
+	return err
 }
 
 func (r *run) checkID(id federation.ClusterID) error {
@@ -333,16 +412,23 @@ func (r *run) checkID(id federation.ClusterID) error {
 	return fmt.Errorf("%w: uid %s", errOtherCluster, id)
 }
 
+func (r *run) hearing() hearing {
+	return hearing{answer: r.config.Answer, silence: r.config.Silence, log: r.log, wake: r.wakeUp}
+}
+
 // followCore keeps the five kinds that services are made of.
 func (r *run) followCore(ctx context.Context, wg *sync.WaitGroup) {
 	core := func(a *API) restClient { return a.core }
+	h := r.hearing()
 	wg.Go(func() {
-		r.caches.services.follow(ctx, "services", &corev1.Service{}, r.typed(core, "services", "", ""), r.guard)
+		r.caches.services.follow(ctx, "services", &corev1.Service{}, r.typed(core, "services", "", ""), r.guard, h)
 	})
-	wg.Go(func() { r.caches.pods.follow(ctx, "pods", &corev1.Pod{}, r.typed(core, "pods", "", ""), r.guard) })
-	wg.Go(func() { r.caches.nodes.follow(ctx, "nodes", &corev1.Node{}, r.typed(core, "nodes", "", ""), r.guard) })
+	wg.Go(func() { r.caches.pods.follow(ctx, "pods", &corev1.Pod{}, r.typed(core, "pods", "", ""), r.guard, h) })
 	wg.Go(func() {
-		r.caches.namespaces.follow(ctx, "namespaces", &corev1.Namespace{}, r.typed(core, "namespaces", "", ""), r.guard)
+		r.caches.nodes.follow(ctx, "nodes", &corev1.Node{}, r.typed(core, "nodes", "", ""), r.guard, h)
+	})
+	wg.Go(func() {
+		r.caches.namespaces.follow(ctx, "namespaces", &corev1.Namespace{}, r.typed(core, "namespaces", "", ""), r.guard, h)
 	})
 	wg.Go(func() {
 		// Pods first: slices name them, and share their strings. There is no level without
@@ -353,7 +439,7 @@ func (r *run) followCore(ctx context.Context, wg *sync.WaitGroup) {
 			}
 		}
 		slices := func(a *API) restClient { return a.discovery }
-		r.caches.slices.follow(ctx, "endpointslices", &discoveryv1.EndpointSlice{}, r.typed(slices, "endpointslices", "", ""), r.guard)
+		r.caches.slices.follow(ctx, "endpointslices", &discoveryv1.EndpointSlice{}, r.typed(slices, "endpointslices", "", ""), r.guard, h)
 	})
 }
 
@@ -405,7 +491,7 @@ func (r *run) discoverOnce(ctx context.Context, wg *sync.WaitGroup) bool {
 			}
 			r.log.Debug("found a kind of configuration", "kind", kind, "version", gvr.Version)
 			wg.Go(func() {
-				table.follow(ctx, string(kind), &unstructured.Unstructured{}, r.untyped(gvr), r.guard)
+				table.follow(ctx, string(kind), &unstructured.Unstructured{}, r.untyped(gvr), r.guard, r.hearing())
 			})
 		}
 	}

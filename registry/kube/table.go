@@ -36,6 +36,7 @@ type table[T any] struct {
 
 	mu   sync.Mutex
 	rows map[registry.ObjectName]T
+	ear  *ear // nil until it is followed
 	tableState
 }
 
@@ -45,6 +46,8 @@ type tableState struct {
 	denied error     // the API server refuses to show the kind, and has since the start
 	err    error     // the last attempt to list or watch failed
 	failed time.Time // since when attempts fail
+	deaf   time.Time // since when nothing is heard of the kind; zero while its watch is on
+	gaveUp bool      // the API server was asked in vain meanwhile
 }
 
 // patience with refusals: an API server that has just started refuses for a moment what
@@ -66,7 +69,11 @@ func newTable[T any](names *registry.Interner, reduce func(object any) (T, bool)
 func (t *table[T]) state() tableState {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return t.tableState
+	s := t.tableState
+	if t.ear != nil {
+		s.deaf, s.gaveUp = t.ear.state()
+	}
+	return s
 }
 
 func (t *table[T]) get(key registry.ObjectName) (T, bool) {
@@ -200,7 +207,11 @@ func (t *table[T]) Replace(objects []any, _ string) error {
 	t.mu.Lock()
 	first := !t.synced || t.err != nil
 	t.synced, t.denied, t.err = true, nil, nil
+	ear := t.ear
 	t.mu.Unlock()
+	if ear != nil {
+		ear.complete()
+	}
 	if first {
 		t.changed(registry.ObjectName{}, nil, nil)
 	}
@@ -234,7 +245,11 @@ type lister struct {
 
 // follow keeps the table current until ctx ends. guard is asked before every list and
 // watch, and refuses when what answers is not the cluster it should be.
-func (t *table[T]) follow(ctx context.Context, name string, expected any, l lister, guard func(context.Context) error) {
+func (t *table[T]) follow(ctx context.Context, name string, expected any, l lister, guard func(context.Context) error, h hearing) {
+	ear := newEar(h, l, name)
+	t.mu.Lock()
+	t.ear = ear
+	t.mu.Unlock()
 	attempt := func(ctx context.Context, do func() error) error {
 		err := guard(ctx)
 		if err == nil {
@@ -249,11 +264,11 @@ func (t *table[T]) follow(ctx context.Context, name string, expected any, l list
 	}
 	lw := &cache.ListWatch{
 		ListWithContextFunc: func(ctx context.Context, options metav1.ListOptions) (list runtime.Object, err error) {
-			err = attempt(ctx, func() error { list, err = l.list(ctx, options); return err })
+			err = attempt(ctx, func() error { list, err = ear.listIt(ctx, options); return err })
 			return list, err
 		},
 		WatchFuncWithContext: func(ctx context.Context, options metav1.ListOptions) (w watch.Interface, err error) {
-			err = attempt(ctx, func() error { w, err = l.watch(ctx, options); return err })
+			err = attempt(ctx, func() error { w, err = ear.watchIt(ctx, options); return err })
 			return w, err
 		},
 	}
