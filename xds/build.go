@@ -47,7 +47,7 @@ type build struct {
 
 	logFormat string // of access logs; see AccessLog
 
-	asked []federation.ServiceName // that some route leads to, or would
+	asked []federation.ServiceName // that some route or alias leads to, or would
 }
 
 func newBuild(view *federation.View, index *config.Index, class Class) *build {

@@ -317,7 +317,7 @@ func TestHeadlessHere(t *testing.T) {
 	if got := names(out, xds.ListenerType); !slices.Equal(got, want) {
 		t.Errorf("%q", got)
 	}
-	table := read(t, out, xds.NameTableType, xds.NameTableName, &api.NameTable{}).Table
+	table := read(t, out, xds.NameTableType, "db.shop.svc.cluster.local", &api.NameTable{}).Table
 	if got := table["db.shop.svc.cluster.local"].GetIps(); !slices.Equal(got, []string{"10.1.0.2"}) {
 		t.Errorf("the service's name: %v; want the own cluster's ready pods only", got)
 	}
@@ -450,8 +450,8 @@ func TestWhatCannotBeBuiltStopsNothing(t *testing.T) {
 			t.Errorf("%s: the good port of a service with a bad one is missing", typeURL)
 		}
 	}
-	if _, ok := r.Get(xds.NameTableType, xds.NameTableName); !ok {
-		t.Error("no name table")
+	if _, ok := r.Get(xds.NameTableType, "odd.shop.svc.cluster.local"); !ok {
+		t.Error("no names of a service with a bad port")
 	}
 	if len(findings) == 0 {
 		t.Error("no finding")

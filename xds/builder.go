@@ -61,7 +61,7 @@ func (b *Builder) move(view *federation.View, index *config.Index) {
 	b.census.move(b.view, view, changed, foreign, index.SelectorKeys())
 	if foreign || b.index != index || !view.SameRoads(b.view) {
 		b.parts, b.classes, b.lagging = map[federation.ServiceName][]variant{}, map[Class]*whole{}, 0
-		b.outcomes = outcomes{}
+		b.outcomes = nil
 	} else {
 		b.again(changed, true)
 	}
@@ -89,7 +89,7 @@ func (b *Builder) again(names []federation.ServiceName, moved bool) {
 		}
 		w.behind = append(w.behind, names...)
 	}
-	b.outcomes = outcomes{}
+	b.outcomes = nil
 }
 
 // Class is the class of a proxy in a view.
@@ -127,15 +127,16 @@ func (b *Builder) BuildClass(view *federation.View, index *config.Index, class C
 	} else {
 		w = b.next(job, w, w.concerned(w.behind))
 		if b.lagging--; b.lagging == 0 {
-			b.outcomes = outcomes{}
+			b.outcomes = nil
 		}
 	}
 	b.classes[class] = w
 	return w.resources, w.findings
 }
 
-// part makes or remembers what one service needs. Routes of a VirtualService depend on
-// other services too, so they are made for each class, and note which they asked for.
+// part makes or remembers what one service needs. Routes of a VirtualService and aliases
+// depend on other services too, so they are made for each class, and note which they asked
+// for.
 func (b *Builder) part(job *build, s *federation.Service) *built {
 	if job.routed(s) {
 		job.asked = nil
@@ -165,11 +166,16 @@ func (b *build) guarded(s *federation.Service) (out *built) {
 		}
 	}()
 	made := b.service(s)
+	b.names(&made, s)
 	return &made
 }
 
-// routed tells whether the service has routes that users wrote.
+// routed tells whether the service leads to others: by routes that users wrote, or as an
+// alias.
 func (b *build) routed(s *federation.Service) bool {
+	if s.Type == federation.ExternalName {
+		return true
+	}
 	vs, _ := b.index.VirtualService(b.class.Namespace, b.labels, s.Host)
 	return vs != nil
 }

@@ -7,8 +7,6 @@ import (
 	"maps"
 	"slices"
 	"sort"
-
-	"github.com/isthmus-mesh/isthmus/federation"
 )
 
 // Lists of resources are shared by all classes that have the same: whoever compares two
@@ -39,18 +37,9 @@ type outcome struct {
 	plain   bool // false where two resources would have one name
 }
 
-// tableOutcome is what a name table became.
-type tableOutcome struct {
-	changes []exchange
-	table   *built
-}
-
 // outcomes are those of one change of view, to be had by the next class that has the same
 // list.
-type outcomes struct {
-	lists  map[listKey][]outcome
-	tables map[*built][]tableOutcome
-}
+type outcomes map[listKey][]outcome
 
 // seed of the sums of lists, which never leave the process.
 var seed = maphash.MakeSeed()
@@ -63,11 +52,7 @@ func sumOf(r *Resource) uint64 {
 // share makes the lists of a new class those of other classes where they are equal.
 func (b *Builder) share(w *whole) {
 	open := maps.Clone(w.resources)
-	tables := true
 	for _, other := range b.classes {
-		if tables && other.table != w.table && equalTables(other.table, w.table) {
-			w.table, tables = other.table, false
-		}
 		for typeURL, list := range open {
 			known := other.resources[typeURL]
 			if other.sums[typeURL] == w.sums[typeURL] && len(known) == len(list) && sameResources(known, list) {
@@ -78,34 +63,8 @@ func (b *Builder) share(w *whole) {
 	}
 }
 
-func equalTables(a, b *built) bool {
-	x, y := a.resources[NameTableType], b.resources[NameTableType]
-	return len(x) == 1 && len(y) == 1 && x[0].Version == y[0].Version && len(a.findings)+len(b.findings) == 0
-}
-
 func sameResources(a, b []Resource) bool {
 	return slices.EqualFunc(a, b, func(x, y Resource) bool { return x.Name == y.Name && x.Version == y.Version })
-}
-
-// tableAfter is the name table after some changes.
-func (b *Builder) tableAfter(job *build, old, w *whole, changes []exchange) *built {
-	for _, known := range b.outcomes.tables[old.table] {
-		if slices.Equal(known.changes, changes) {
-			return known.table
-		}
-	}
-	var seen []*federation.Service
-	for i, s := range job.view.Services {
-		if w.parts[i] != hidden {
-			seen = append(seen, s)
-		}
-	}
-	table := job.nameTable(seen)
-	if b.outcomes.tables == nil {
-		b.outcomes.tables = map[*built][]tableOutcome{}
-	}
-	b.outcomes.tables[old.table] = append(b.outcomes.tables[old.table], tableOutcome{slices.Clone(changes), &table})
-	return &table
 }
 
 // apply makes the lists after some changes; false where two resources have one name. If no
@@ -137,7 +96,7 @@ func (b *Builder) apply(w, old *whole, changes []exchange) bool {
 // after is a list after some changes, worked out once for all that have it.
 func (b *Builder) after(typeURL string, list []Resource, sum uint64, changes []exchange) outcome {
 	key := keyOf(typeURL, list)
-	for _, known := range b.outcomes.lists[key] {
+	for _, known := range b.outcomes[key] {
 		if slices.Equal(known.changes, changes) {
 			return known
 		}
@@ -152,10 +111,10 @@ func (b *Builder) after(typeURL string, list []Resource, sum uint64, changes []e
 	}
 	out.list, out.sum = e.list, e.sum
 	if key.first != nil {
-		if b.outcomes.lists == nil {
-			b.outcomes.lists = map[listKey][]outcome{}
+		if b.outcomes == nil {
+			b.outcomes = outcomes{}
 		}
-		b.outcomes.lists[key] = append(b.outcomes.lists[key], out)
+		b.outcomes[key] = append(b.outcomes[key], out)
 	}
 	return out
 }

@@ -10,25 +10,11 @@ import (
 	"github.com/isthmus-mesh/isthmus/federation"
 )
 
-// nameTable is what the agent's DNS answers from: every name that the class may call.
-func (b *build) nameTable(services []*federation.Service) built {
-	table := &api.NameTable{Table: make(map[string]*api.NameTable_NameInfo, len(services))}
-	for _, s := range services {
-		b.names(table, s)
-	}
-	var out built
-	r, err := NewResource(NameTableName, table)
-	if err != nil {
-		out.note("Proxy "+b.class.String(), federation.SeverityError, "the name table cannot be built: %v", err)
-		return out
-	}
-	out.resources = map[string][]Resource{NameTableType: {r}}
-	return out
-}
-
-// names adds a service's names. One without any address is not in the table, so that the
-// question goes on to the cluster's own DNS.
-func (b *build) names(table *api.NameTable, s *federation.Service) {
+// names adds what the agent's DNS answers of a service. The table comes in parts, a
+// resource for each service, so that one more service is one more part. One without any
+// address has none, so that the question goes on to the cluster's own DNS.
+func (b *build) names(out *built, s *federation.Service) {
+	table := &api.NameTable{Table: map[string]*api.NameTable_NameInfo{}}
 	name := func(host string, registry bool, list []netip.Addr) {
 		ips := b.dialable(list)
 		if len(ips) == 0 || !utf8.ValidString(host) {
@@ -54,6 +40,15 @@ func (b *build) names(table *api.NameTable, s *federation.Service) {
 	for _, pod := range s.Pods {
 		name(pod.Host, false, pod.Address)
 	}
+	if len(table.Table) == 0 {
+		return
+	}
+	r, err := NewResource(s.Host, table)
+	if err != nil {
+		out.note("Service "+s.Name.String(), federation.SeverityError, "its names cannot be told: %v", err)
+		return
+	}
+	out.add(NameTableType, r)
 }
 
 // podNames names the pods of a headless service and returns all their addresses.
@@ -83,6 +78,7 @@ func (b *build) aliasOf(s *federation.Service) []netip.Addr {
 	if !ok {
 		return nil
 	}
+	b.asked = append(b.asked, name)
 	target, ok := b.view.Service(name)
 	if !ok || target.Type == federation.ExternalName || !b.visible(target) {
 		return nil

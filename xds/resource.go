@@ -10,7 +10,8 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// The type URLs of what Build makes.
+// The type URLs of what Build makes. A name table has the names of one service; tables one
+// behind the other are one with the names of all, since protobuf merges maps.
 const (
 	ClusterType   = "type.googleapis.com/envoy.config.cluster.v3.Cluster"
 	EndpointType  = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment"
@@ -18,9 +19,6 @@ const (
 	RouteType     = "type.googleapis.com/envoy.config.route.v3.RouteConfiguration"
 	NameTableType = "type.googleapis.com/istio.networking.nds.v1.NameTable"
 )
-
-// NameTableName is the name of the one resource of NameTableType.
-const NameTableName = "nametable"
 
 // Resource is one thing a proxy is told, encoded once and shared by all that get it.
 // It is immutable.

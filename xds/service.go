@@ -38,11 +38,15 @@ type built struct {
 // put adds a resource, or the finding that it cannot be built.
 func (b *built) put(object, typeURL, name string, m validatable, p *packer) {
 	if r, ok := b.encode(object, typeURL, name, m, p); ok {
-		if b.resources == nil {
-			b.resources = map[string][]Resource{}
-		}
-		b.resources[typeURL] = append(b.resources[typeURL], r)
+		b.add(typeURL, r)
 	}
+}
+
+func (b *built) add(typeURL string, r Resource) {
+	if b.resources == nil {
+		b.resources = map[string][]Resource{}
+	}
+	b.resources[typeURL] = append(b.resources[typeURL], r)
 }
 
 func (b *built) encode(object, typeURL, name string, m validatable, p *packer) (Resource, bool) {

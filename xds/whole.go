@@ -3,7 +3,6 @@
 package xds
 
 import (
-	"net/netip"
 	"slices"
 
 	"github.com/isthmus-mesh/isthmus/federation"
@@ -16,7 +15,6 @@ type whole struct {
 	frame  *built
 	parts  []*built // as the view's services are
 	routed []federation.ServiceName
-	table  *built
 
 	resources Resources
 	sums      map[string]uint64 // of the lists, see sumOf
@@ -38,17 +36,12 @@ func (b *Builder) whole(job *build) *whole {
 	w := &whole{view: job.view, parts: make([]*built, len(job.view.Services))}
 	frame := job.frame()
 	w.frame = &frame
-	var seen []*federation.Service
 	for i, s := range job.view.Services {
-		if w.parts[i] = b.seen(job, s); w.parts[i] != hidden {
-			seen = append(seen, s)
-		}
+		w.parts[i] = b.seen(job, s)
 		if w.parts[i].routed {
 			w.routed = append(w.routed, s.Name)
 		}
 	}
-	table := job.nameTable(seen)
-	w.table = &table
 	w.gather()
 	b.share(w)
 	return w
@@ -64,8 +57,8 @@ func (b *Builder) seen(job *build, s *federation.Service) *built {
 
 // next makes everything of the class from what it was, looking only at some services.
 func (b *Builder) next(job *build, old *whole, names []federation.ServiceName) *whole {
-	w := &whole{view: job.view, frame: old.frame, table: old.table, parts: old.parts, routed: old.routed}
-	sameNames, sameFindings, aligned := true, true, true
+	w := &whole{view: job.view, frame: old.frame, parts: old.parts, routed: old.routed}
+	sameFindings, aligned := true, true
 	var changes []exchange
 	parts, from := make([]*built, 0, len(job.view.Services)), 0
 	for _, name := range names {
@@ -73,13 +66,12 @@ func (b *Builder) next(job *build, old *whole, names []federation.ServiceName) *
 		parts = append(parts, old.parts[from:at]...)
 		from = at
 		x := exchange{hidden, hidden}
-		var before *federation.Service
 		if had {
-			x.was, before, from = old.parts[at], old.view.Services[at], at+1
+			x.was, from = old.parts[at], at+1
 		}
-		svc, has := job.view.Service(name)
+		s, has := job.view.Service(name)
 		if has {
-			x.is = b.seen(job, svc)
+			x.is = b.seen(job, s)
 			parts = append(parts, x.is)
 		}
 		aligned = aligned && had == has
@@ -87,17 +79,11 @@ func (b *Builder) next(job *build, old *whole, names []federation.ServiceName) *
 			continue // mostly because the class sees neither
 		}
 		changes = append(changes, x)
-		sameNames = sameNames && x.was != hidden && x.is != hidden && namedAlike(before, svc)
 		sameFindings = sameFindings && len(x.was.findings)+len(x.is.findings) == 0
 		w.reroute(name, x)
 	}
 	if len(changes) > 0 || !aligned {
 		w.parts = append(parts, old.parts[from:]...)
-	}
-	if !sameNames {
-		w.table = b.tableAfter(job, old, w, changes)
-		changes = append(changes, exchange{old.table, w.table})
-		sameFindings = sameFindings && len(old.table.findings)+len(w.table.findings) == 0
 	}
 	if !old.plain || !b.apply(w, old, changes) {
 		w.gather()
@@ -150,14 +136,14 @@ func (w *whole) concerned(names []federation.ServiceName) []federation.ServiceNa
 
 // all are the parts in their order.
 func (w *whole) all() []*built {
-	out := make([]*built, 0, len(w.parts)+2)
+	out := make([]*built, 0, len(w.parts)+1)
 	out = append(out, w.frame)
 	for _, p := range w.parts {
 		if p != hidden {
 			out = append(out, p)
 		}
 	}
-	return append(out, w.table)
+	return out
 }
 
 // gather puts the parts together.
@@ -181,17 +167,4 @@ func (w *whole) gather() {
 			w.sums[typeURL] += sumOf(&list[i])
 		}
 	}
-}
-
-// namedAlike tells whether two states of a service have the same names with the same
-// addresses.
-func namedAlike(a, b *federation.Service) bool {
-	if a == b {
-		return true
-	}
-	return a.Name == b.Name && a.Type == b.Type && a.Own == b.Own && !b.HeadlessHere() && a.ExternalName == b.ExternalName &&
-		slices.Equal(a.Addresses, b.Addresses) && slices.Equal(a.Aliases, b.Aliases) &&
-		slices.EqualFunc(a.Pods, b.Pods, func(x, y federation.NamedPod) bool {
-			return x.Host == y.Host && slices.Equal[[]netip.Addr](x.Address, y.Address)
-		})
 }

@@ -17,6 +17,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 	"pgregory.net/rapid"
 
@@ -445,6 +446,10 @@ func (l *line) receive() (h heard, err error) {
 		}
 		h = heard{typeURL: r.TypeUrl, nonce: r.Nonce, version: r.VersionInfo}
 		for _, res := range r.Resources {
+			if r.TypeUrl == xds.NameTableType {
+				h.resources = append(h.resources, parts(res)...)
+				continue
+			}
 			h.resources = append(h.resources, sent{name: nameOf(res), body: string(res.Value)})
 		}
 		return h, nil
@@ -460,17 +465,25 @@ func (l *line) receive() (h heard, err error) {
 	return h, nil
 }
 
+// parts are the name tables of which one consists.
+func parts(a *anypb.Any) (out []sent) {
+	table := &api.NameTable{}
+	if err := a.UnmarshalTo(table); err != nil {
+		return []sent{{name: err.Error()}}
+	}
+	for text, info := range table.Table {
+		name, _, _ := strings.Cut(text, "-")
+		body, _ := proto.Marshal(&api.NameTable{Table: map[string]*api.NameTable_NameInfo{text: info}})
+		out = append(out, sent{name: name, body: string(body)})
+	}
+	return out
+}
+
 // nameOf finds the name of a resource in its body.
 func nameOf(a *anypb.Any) string {
 	m, err := a.UnmarshalNew()
 	if err != nil {
 		return err.Error()
-	}
-	if table, ok := m.(*api.NameTable); ok {
-		for text := range table.Table {
-			name, _, _ := strings.Cut(text, "-")
-			return name
-		}
 	}
 	return cachev3.GetResourceName(m)
 }

@@ -487,6 +487,19 @@ func subscribeAll(c *talk) {
 	c.wantAcked("N n=1")
 }
 
+// Istio's agent reads the first resource of an answer and no other.
+func TestStateOfTheWorldHasOneNameTable(t *testing.T) {
+	t.Parallel()
+	b := newBench(t, "N a.shop=1", "N b.shop=1")
+	c := b.sotw()
+	c.ask(xds.NameTableType)
+	c.ack(c.want("N a.shop=1b.shop=1"))
+	b.source.set("N b.shop=2")
+	c.ack(c.want("N b.shop=2"))
+	b.source.set()
+	c.want("N ") // an empty table, not none
+}
+
 // full is a client's end of a SotW stream.
 type full struct {
 	t      *testing.T

@@ -182,6 +182,18 @@ func assemble(fragments [][]byte, size int, rest []byte) mem.BufferSlice {
 	return append(out, mem.SliceBuffer(rest))
 }
 
+// oneTable is a response with all name tables in one resource, which is all that Istio's
+// agent looks at.
+func oneTable(r *response) *response {
+	var body []byte
+	for _, part := range r.resources {
+		body = append(body, part.Body...)
+	}
+	one := *r
+	one.resources = []xds.Resource{{Name: "nametable", Body: body}}
+	return &one
+}
+
 type sotwWire struct {
 	stream grpc.ServerStream
 	who    controlPlane
@@ -206,6 +218,9 @@ func sotwRequest(r *discoveryv3.DiscoveryRequest) request {
 }
 
 func (w sotwWire) send(r *response) error {
+	if r.typeURL == xds.NameTableType {
+		r = oneTable(r)
+	}
 	size := 0
 	fragments := make([][]byte, len(r.resources))
 	for i, res := range r.resources {
