@@ -41,7 +41,7 @@ var arrows = map[string][]string{
 	"api":           {},
 	"xds":           {"federation", "config", "api"},
 	"xds/xdsserver": {"federation", "config", "api", "xds"},
-	"xds/xdstest":   {"federation"},
+	"xds/xdstest":   {"federation", "xds"},
 	"gateways":      {"federation", "config", "api", "xds"},
 
 	// agent is the composition of its leaves; no leaf knows it.

@@ -56,7 +56,7 @@ func NewResource(name string, m proto.Message) (Resource, error) {
 		return Resource{}, err
 	}
 	version := versionOf(body)
-	fragment := encodeFragment(name, version, typeOf(m), body)
+	fragment := freeze(encodeFragment(name, version, typeOf(m), body))
 	return Resource{Name: name, Version: version, Body: within(fragment, name, body), fragment: fragment}, nil
 }
 
