@@ -3,6 +3,9 @@
 package xds
 
 import (
+	"maps"
+	"slices"
+
 	networking "istio.io/api/networking/v1alpha3"
 
 	"github.com/isthmus-mesh/isthmus/config"
@@ -27,17 +30,34 @@ type Builder struct {
 
 	view     *federation.View // what the following was made for
 	index    *config.Index
-	parts    map[federation.ServiceName][]variant
+	parts    map[federation.ServiceName]*variants
 	classes  map[Class]*whole
 	lagging  int // classes with something to look at again
 	outcomes outcomes
 	census   census
 }
 
-// variant is what was made of a service for all classes with one key.
+// variants are what was made of a service, and of what it was before it changed.
+type variants struct {
+	service *federation.Service
+	made    []variant
+	before  *federation.Service
+	earlier []variant
+}
+
+// variant is what was made for all classes with one key.
 type variant struct {
 	key  partKey
 	part *built
+}
+
+func (k partKey) among(list []variant) *built {
+	for _, v := range list {
+		if v.key == k {
+			return v.part
+		}
+	}
+	return nil
 }
 
 // partKey is all that the part of a service without a VirtualService depends on, beside
@@ -60,7 +80,7 @@ func (b *Builder) move(view *federation.View, index *config.Index) {
 	}
 	b.census.move(b.view, view, changed, foreign, index.SelectorKeys())
 	if foreign || b.index != index || !view.SameRoads(b.view) {
-		b.parts, b.classes, b.lagging = map[federation.ServiceName][]variant{}, map[Class]*whole{}, 0
+		b.parts, b.classes, b.lagging = map[federation.ServiceName]*variants{}, map[Class]*whole{}, 0
 		b.outcomes = nil
 	} else {
 		b.again(changed, true)
@@ -75,7 +95,11 @@ func (b *Builder) again(names []federation.ServiceName, moved bool) {
 		return
 	}
 	for _, name := range names {
-		delete(b.parts, name)
+		if v := b.parts[name]; v != nil && len(v.made) > 0 {
+			b.parts[name] = &variants{before: v.service, earlier: v.made}
+		} else {
+			delete(b.parts, name)
+		}
 	}
 	b.lagging = len(b.classes)
 	for class, w := range b.classes {
@@ -146,28 +170,77 @@ func (b *Builder) part(job *build, s *federation.Service) *built {
 	}
 	rule, _ := job.destinationRule(s)
 	key := partKey{rule: rule, trustDomain: job.class.TrustDomain, families: job.class.families()}
-	for _, v := range b.parts[s.Name] {
-		if v.key == key {
-			return v.part
-		}
+	v := b.parts[s.Name]
+	if v == nil {
+		v = &variants{}
+		b.parts[s.Name] = v
 	}
-	made := job.guarded(s)
-	b.parts[s.Name] = append(b.parts[s.Name], variant{key, made})
+	v.service = s
+	if part := key.among(v.made); part != nil {
+		return part
+	}
+	made := job.again(v.before, key.among(v.earlier), s)
+	if made == nil {
+		made = job.guarded(s)
+	}
+	v.made = append(v.made, variant{key, made})
 	return made
 }
 
 // guarded is service, for input that nobody thought of: one service that makes the
 // translation fail must not take down the others.
 func (b *build) guarded(s *federation.Service) (out *built) {
-	defer func() {
-		if r := recover(); r != nil {
-			out = &built{}
-			out.note("Service "+s.Name.String(), federation.SeverityError, "cannot be translated and is left out: %v; please report this", r)
-		}
-	}()
+	defer rescue(s, &out)
 	made := b.service(s)
 	b.names(&made, s)
 	return &made
+}
+
+func rescue(s *federation.Service, out **built) {
+	if r := recover(); r != nil {
+		*out = &built{}
+		(*out).note("Service "+s.Name.String(), federation.SeverityError, "cannot be translated and is left out: %v; please report this", r)
+	}
+}
+
+// again is guarded for a service of which only endpoints have changed since something was
+// made of it: their assignments alone are made. It is nil where more is to be done.
+func (b *build) again(before *federation.Service, earlier *built, s *federation.Service) (out *built) {
+	if earlier == nil || len(earlier.findings) > 0 || !sameTrunk(before, s) {
+		return nil
+	}
+	defer rescue(s, &out)
+	sb := &serviceBuild{build: b, svc: s, object: "Service " + s.Name.String()}
+	sb.rule, _ = b.destinationRule(s)
+	for _, port := range s.Ports {
+		for _, t := range sb.targets(port) {
+			if slices.ContainsFunc(earlier.resources[EndpointType], func(r Resource) bool { return r.Name == t.name }) {
+				sb.assign(t, sb.groups(t, port))
+			}
+		}
+	}
+	fresh := sb.resources[EndpointType]
+	if len(sb.findings) > 0 || len(fresh) != len(earlier.resources[EndpointType]) {
+		return nil
+	}
+	for i, was := range earlier.resources[EndpointType] {
+		if fresh[i].Name == was.Name && fresh[i].Version == was.Version {
+			fresh[i] = was
+		}
+	}
+	sb.resources = maps.Clone(earlier.resources)
+	if len(fresh) > 0 {
+		sb.resources[EndpointType] = fresh
+	}
+	return &sb.built
+}
+
+// sameTrunk tells whether nothing but the assignments of a service can differ between two
+// of its states. Each pod of a headless one has listeners, or resources of its own.
+func sameTrunk(a, b *federation.Service) bool {
+	return a.Name == b.Name && a.Host == b.Host && a.Type == b.Type && a.Own == b.Own && !b.HeadlessHere() &&
+		len(a.Pods)+len(b.Pods) == 0 && slices.Equal(a.Ports, b.Ports) && slices.Equal(a.Accounts, b.Accounts) &&
+		slices.Equal(a.Addresses, b.Addresses) && slices.Equal(a.AlsoAt, b.AlsoAt) && slices.Equal(a.Aliases, b.Aliases)
 }
 
 // routed tells whether the service leads to others: by routes that users wrote, or as an

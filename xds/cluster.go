@@ -16,6 +16,8 @@ import (
 	"google.golang.org/protobuf/types/known/structpb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
+	networking "istio.io/api/networking/v1alpha3"
+
 	"github.com/isthmus-mesh/isthmus/federation"
 )
 
@@ -50,8 +52,9 @@ type target struct {
 	sni        string
 	identities []string
 	protocol   federation.Protocol
-	gateways   bool // may lead to a gateway
-	perPod     bool // callers choose one endpoint by its address
+	gateways   bool               // may lead to a gateway
+	perPod     bool               // callers choose one endpoint by its address
+	subset     *networking.Subset // nil for all endpoints
 }
 
 // edsCluster is the cluster of a target with the mesh's defaults.

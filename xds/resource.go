@@ -55,9 +55,14 @@ func NewResource(name string, m proto.Message) (Resource, error) {
 	if err != nil {
 		return Resource{}, err
 	}
+	return newResource(name, typeOf(m), body), nil
+}
+
+// newResource is the resource of a message that is encoded already.
+func newResource(name, typeURL string, body []byte) Resource {
 	version := versionOf(body)
-	fragment := freeze(encodeFragment(name, version, typeOf(m), body))
-	return Resource{Name: name, Version: version, Body: within(fragment, name, body), fragment: fragment}, nil
+	fragment := freeze(encodeFragment(name, version, typeURL, body))
+	return Resource{Name: name, Version: version, Body: within(fragment, name, body), fragment: fragment}
 }
 
 // versionOf is a cryptographic hash, since a tenant who can make two bodies with the same

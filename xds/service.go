@@ -104,22 +104,19 @@ func (b *build) service(s *federation.Service) built {
 
 // port makes listeners, routes, clusters and endpoints of one port.
 func (b *serviceBuild) port(port federation.Port) {
-	s := b.svc
-	t := target{
-		host: s.Host, name: federation.OutboundCluster(port.Number, "", s.Host), sni: federation.SNI(port.Number, "", s.Host),
-		identities: b.identities(s.Accounts), protocol: port.Protocol,
-		gateways: b.gateways, perPod: s.HeadlessHere(),
+	var groups []federation.Group // of the service, not of a subset
+	targets := b.targets(port)
+	for _, t := range targets {
+		list := b.groups(t, port)
+		var policy *networking.TrafficPolicy
+		if t.subset == nil {
+			groups = list
+		} else {
+			policy = t.subset.TrafficPolicy
+		}
+		b.cluster(t, trafficFor(b.rule.GetTrafficPolicy(), policy, port.Number), list)
 	}
-	var groups []federation.Group
-	if t.perPod {
-		groups = podGroups(s, port.Number)
-	} else {
-		groups = b.split(s, port.Number, "", nil)
-	}
-	b.cluster(t, trafficFor(b.rule.GetTrafficPolicy(), nil, port.Number), groups)
-	for _, subset := range b.rule.GetSubsets() {
-		b.subset(t, port, subset)
-	}
+	t := targets[0]
 	if port.Protocol.IsHTTP() || port.Protocol == federation.Unknown {
 		b.routes(t, port)
 	}
@@ -127,18 +124,39 @@ func (b *serviceBuild) port(port federation.Port) {
 		b.podListeners(t, port, groups)
 		return
 	}
-	for _, ip := range slices.Concat(s.Addresses, s.AlsoAt) {
+	for _, ip := range slices.Concat(b.svc.Addresses, b.svc.AlsoAt) {
 		b.listen(ip, t, port)
 	}
 }
 
-func (b *serviceBuild) subset(t target, port federation.Port, subset *networking.Subset) {
-	t.name = federation.OutboundCluster(port.Number, subset.Name, b.svc.Host)
-	t.sni = federation.SNI(port.Number, subset.Name, b.svc.Host)
-	t.perPod = false
-	match := func(labels map[string]string) bool { return covers(subset.Labels, labels) }
-	groups := b.split(b.svc, port.Number, subset.Name, match)
-	b.cluster(t, trafficFor(b.rule.GetTrafficPolicy(), subset.TrafficPolicy, port.Number), groups)
+// targets are what there is a cluster for: the service's port, and its subsets.
+func (b *serviceBuild) targets(port federation.Port) []target {
+	s := b.svc
+	t := target{
+		host: s.Host, name: federation.OutboundCluster(port.Number, "", s.Host), sni: federation.SNI(port.Number, "", s.Host),
+		identities: b.identities(s.Accounts), protocol: port.Protocol,
+		gateways: b.gateways, perPod: s.HeadlessHere(),
+	}
+	out := []target{t}
+	for _, subset := range b.rule.GetSubsets() {
+		t.name = federation.OutboundCluster(port.Number, subset.Name, s.Host)
+		t.sni = federation.SNI(port.Number, subset.Name, s.Host)
+		t.perPod, t.subset = false, subset
+		out = append(out, t)
+	}
+	return out
+}
+
+// groups are the hops of a target.
+func (b *serviceBuild) groups(t target, port federation.Port) []federation.Group {
+	switch {
+	case t.perPod:
+		return podGroups(b.svc, port.Number)
+	case t.subset == nil:
+		return b.split(b.svc, port.Number, "", nil)
+	}
+	match := func(labels map[string]string) bool { return covers(t.subset.Labels, labels) }
+	return b.split(b.svc, port.Number, t.subset.Name, match)
 }
 
 // covers tells whether labels have all that is wanted.
@@ -163,12 +181,21 @@ func (b *serviceBuild) cluster(t target, policy *networking.TrafficPolicy, group
 	if c.EdsClusterConfig == nil {
 		return
 	}
+	b.assign(t, groups)
+}
+
+// assign makes the assignment of a cluster.
+func (b *serviceBuild) assign(t target, groups []federation.Group) {
 	b.trustPlaintext(groups)
-	cla, unresolved := assignment(t.name, groups, t.perPod)
+	places, unresolved := placed(groups)
 	for _, host := range unresolved {
 		b.note(b.object, federation.SeverityWarning, "gateway host name %q has no address yet, so it gets no traffic; check its DNS record", host)
 	}
-	b.put(b.object, EndpointType, t.name, cla, &packer{})
+	if !sound(t.name, places) {
+		b.put(b.object, EndpointType, t.name, assignment(t.name, places, t.perPod), &packer{})
+		return
+	}
+	b.add(EndpointType, newResource(t.name, EndpointType, appendAssignment(nil, t.name, places, t.perPod)))
 }
 
 // trustPlaintext sends plaintext to endpoints whose own policy refuses the mesh's TLS.
