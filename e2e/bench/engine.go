@@ -19,6 +19,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"time"
 )
 
@@ -74,10 +75,12 @@ func (b *bench) coldStart(ctx context.Context, ours *measuredSubject) error {
 		return err
 	}
 	start := time.Now()
-	if err := ours.crowd.connect(ctx, b.proxies+1, true); err != nil {
-		return err
-	}
-	if err := ours.crowd.quiet(ctx, time.Second); err != nil {
+	if err := b.profiled(ours, "cold-start", func() error {
+		if err := ours.crowd.connect(ctx, b.proxies+1, true); err != nil {
+			return err
+		}
+		return ours.crowd.quiet(ctx, time.Second)
+	}); err != nil {
 		return err
 	}
 	took := time.Since(start) - time.Second
@@ -103,6 +106,21 @@ func (b *bench) coldStart(ctx context.Context, ours *measuredSubject) error {
 	b.report("memory-kb-per-proxy", (settled.RSS-before.RSS)/n, "resident, %d proxies, 5 s after they are in sync and freed memory was given back; live heap %.0f KiB a proxy; %.0f MiB in sync",
 		b.proxies, (settled.Heap-before.Heap)/n, after.RSS/1024)
 	return nil
+}
+
+// profiled keeps a profile of what a server does meanwhile, with the logs.
+func (b *bench) profiled(s *measuredSubject, name string, do func() error) error {
+	if b.keepLogs == "" {
+		return do()
+	}
+	if _, err := s.order("profile " + filepath.Join(b.keepLogs, name+".cpu")); err != nil {
+		return err
+	}
+	if err := do(); err != nil {
+		return err
+	}
+	_, err := s.order("profile -")
+	return err
 }
 
 // flaps compares what it costs to tell everybody of one endpoint.
@@ -145,14 +163,19 @@ func (b *bench) loneFlaps(ctx context.Context, ours *measuredSubject) error {
 		return err
 	}
 	began := time.Now()
-	for range loneFlaps {
-		want := ours.crowd.messages.Load() + 1
-		if _, err := ours.order("one"); err != nil {
-			return err
+	if err := b.profiled(ours, "unconcerned", func() error {
+		for range loneFlaps {
+			want := ours.crowd.messages.Load() + 1
+			if _, err := ours.order("one"); err != nil {
+				return err
+			}
+			if err := ours.crowd.arrived(ctx, want); err != nil {
+				return err
+			}
 		}
-		if err := ours.crowd.arrived(ctx, want); err != nil {
-			return err
-		}
+		return nil
+	}); err != nil {
+		return err
 	}
 	took := time.Since(began)
 	after, err := ours.order("usage")

@@ -16,6 +16,7 @@ import (
 	"os"
 	"runtime"
 	"runtime/debug"
+	"runtime/pprof"
 	"strings"
 	"sync"
 	"syscall"
@@ -118,6 +119,12 @@ func serveSubject(role string) error {
 		if err != nil {
 			return err
 		}
+		if file, ok := strings.CutPrefix(strings.TrimSpace(order), "profile "); ok {
+			if err := profile(file); err != nil {
+				return err
+			}
+		}
+		var answer spent
 		switch strings.TrimSpace(order) {
 		case "all":
 			s.flap(true)
@@ -125,11 +132,27 @@ func serveSubject(role string) error {
 			s.flap(false)
 		case "settle":
 			debug.FreeOSMemory()
+			answer = measured(s)
+		default:
+			answer = measured(s)
 		}
-		if err := out.Encode(measured(s)); err != nil {
+		if err := out.Encode(answer); err != nil {
 			return err
 		}
 	}
+}
+
+// profile begins a profile of the processor's time, or ends it where there is no file.
+func profile(file string) error {
+	if file == "-" {
+		pprof.StopCPUProfile()
+		return nil
+	}
+	f, err := os.Create(file)
+	if err != nil {
+		return err
+	}
+	return pprof.StartCPUProfile(f)
 }
 
 func measured(s subject) spent {

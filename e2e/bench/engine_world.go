@@ -14,12 +14,13 @@ import (
 // engineWorld is the mesh that the engine's figures are measured in: services that stand in
 // two clusters on two networks, and proxies of the first, which never run.
 type engineWorld struct {
-	Services  int // each with 10 endpoints, half of them behind the other network's gateway
-	Proxies   int
-	Classes   int // namespaces that the proxies are in
-	snapshot  *federation.Snapshot
-	history   *federation.History // as a store keeps it
-	unhealthy map[federation.ServiceName]bool
+	Services int // each with 10 endpoints, half of them behind the other network's gateway
+	Proxies  int
+	Classes  int // namespaces that the proxies are in
+	snapshot *federation.Snapshot
+	history  *federation.History // as a store keeps it
+	flapping federation.ServiceName
+	other    map[federation.ServiceName][]*federation.Record // with flapping in its other state
 }
 
 const (
@@ -38,7 +39,7 @@ var loneService = federation.ServiceName{Namespace: lone, Name: lone}
 
 // build makes the first snapshot.
 func (w *engineWorld) build() {
-	w.unhealthy, w.history = map[federation.ServiceName]bool{}, &federation.History{}
+	w.history = &federation.History{}
 	w.snapshot = &federation.Snapshot{
 		Revision: 1,
 		Clusters: map[federation.ClusterID]*federation.Cluster{
@@ -101,22 +102,32 @@ func (w *engineWorld) record(source federation.SourceID, name federation.Service
 	return r
 }
 
-// flap makes one endpoint of a service unready, or ready again.
+// flap makes one endpoint of a service unready, or ready again. Both states of the service
+// that flapped last are kept, so that flapping it on costs nothing but what comes after.
 func (w *engineWorld) flap(name federation.ServiceName) *federation.Snapshot {
+	if w.flapping != name {
+		w.flapping, w.other = name, w.flapped(name)
+	}
 	next := *w.snapshot
 	next.Revision++
-	next.Records = maps.Clone(w.snapshot.Records)
-	records := append([]*federation.Record{}, next.Records[name]...)
-	changed := *records[0]
-	changed.Endpoints = append([]federation.Endpoint{}, changed.Endpoints...)
-	w.unhealthy[name] = !w.unhealthy[name]
-	changed.Endpoints[0].Health = federation.Ready
-	if w.unhealthy[name] {
-		changed.Endpoints[0].Health = federation.NotReady
-	}
-	records[0] = &changed
-	next.Records[name] = records
+	next.Records, w.other = w.other, next.Records
 	w.history.Append(&next, federation.Change{Services: []federation.ServiceName{name}})
 	w.snapshot = &next
 	return w.snapshot
+}
+
+// flapped are the records with the first endpoint of a service in its other state.
+func (w *engineWorld) flapped(name federation.ServiceName) map[federation.ServiceName][]*federation.Record {
+	out := maps.Clone(w.snapshot.Records)
+	records := append([]*federation.Record{}, out[name]...)
+	changed := *records[0]
+	changed.Endpoints = append([]federation.Endpoint{}, changed.Endpoints...)
+	if e := &changed.Endpoints[0]; e.Health == federation.Ready {
+		e.Health = federation.NotReady
+	} else {
+		e.Health = federation.Ready
+	}
+	records[0] = &changed
+	out[name] = records
+	return out
 }
