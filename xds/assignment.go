@@ -110,7 +110,7 @@ func sound(name string, places []place) bool {
 			return false
 		}
 		for _, hop := range places[i].hops {
-			if hop.Port > 65535 || !utf8.ValidString(hop.Host) {
+			if hop.weight == 0 || hop.Port > 65535 || !utf8.ValidString(hop.Host) {
 				return false
 			}
 		}
