@@ -33,7 +33,7 @@ var arrows = map[string][]string{
 	"ca":             {},
 	"ca/etcd":        {"ca"},
 	"ca/attest":      {"ca"},
-	"ca/caserver":    {"ca", "ca/attest"},
+	"ca/caserver":    {"api", "ca", "ca/attest"},
 	"ca/workloadapi": {"ca"},
 	"ca/catest":      {"ca"},
 

@@ -47,6 +47,7 @@ type Agent struct {
 	status  *health.Server
 	checker *report.Checker     // VM only
 	svids   *workloadapi.Server // nil without a socket for it
+	tokens  *identity.Tokens    // likewise
 	metrics *prometheus.Registry
 
 	listening listening
@@ -105,6 +106,7 @@ func New(c Config, log *slog.Logger) (*Agent, error) {
 		a.checker = a.newChecker()
 	}
 	if c.WorkloadSocket != "" {
+		a.tokens = &identity.Tokens{Servers: c.servers, Keeper: a.keeper, Dial: dialMeshd, Log: log}
 		a.svids = a.newWorkloadAPI()
 	}
 	a.status = a.newStatus(probes)
@@ -218,6 +220,7 @@ func (a *Agent) serve(live context.Context, parts *errgroup.Group) {
 		parts.Go(func() error { return a.names.Serve(live, a.listening.packets, a.listening.streams) })
 	}
 	if a.svids != nil {
+		parts.Go(func() error { return a.tokens.Run(live) })
 		parts.Go(func() error { return a.svids.Serve(live, a.listening.workload) })
 	}
 	if a.config.Redirect {

@@ -25,10 +25,12 @@ import (
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 
 	"github.com/isthmus-mesh/isthmus/agent"
 	"github.com/isthmus-mesh/isthmus/api"
+	"github.com/isthmus-mesh/isthmus/ca"
 	"github.com/isthmus-mesh/isthmus/ca/catest"
 	"github.com/isthmus-mesh/isthmus/e2e/ports"
 )
@@ -280,6 +282,58 @@ func TestAWorkloadGetsItsIdentity(t *testing.T) {
 		if err := source.WaitUntilUpdated(ctx); err != nil {
 			t.Fatal(err)
 		}
+	}
+}
+
+// Tokens are for the workload's own identity, are kept for a while, and do without meshd
+// as long as they last.
+func TestAWorkloadGetsTokens(t *testing.T) {
+	t.Parallel()
+	p := start(t, http.HandlerFunc(workload))
+	eventually(t, "ready", p.ready)
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	client, err := workloadapi.New(ctx, workloadapi.WithAddr("unix://"+p.config.WorkloadSocket))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	fetch := func(audience ...string) string {
+		t.Helper()
+		svid, err := client.FetchJWTSVID(ctx, jwtsvid.Params{Audience: audience[0], ExtraAudiences: audience[1:]})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if svid.ID.String() != "spiffe://cluster.local/ns/shop/sa/default" {
+			t.Errorf("a token for %s", svid.ID)
+		}
+		return svid.Marshal()
+	}
+	first := fetch("billing", "stock")
+	if fetch("stock", "billing") != first {
+		t.Error("the same audiences got another token at once")
+	}
+	if fetch("billing") == first {
+		t.Error("other audiences got the same token")
+	}
+	issued := 0
+	for _, line := range p.AuditEntries(t) {
+		if line.Event == ca.AuditJWTIssued {
+			issued++
+		}
+	}
+	if issued != 2 {
+		t.Errorf("%d tokens were issued, want 2", issued)
+	}
+	if _, err := client.ValidateJWTSVID(ctx, first, "stock"); err != nil {
+		t.Error(err)
+	}
+	p.server.Stop()
+	if fetch("billing", "stock") != first {
+		t.Error("while meshd is away, another token came")
+	}
+	if _, err := client.ValidateJWTSVID(ctx, first, "stock"); err != nil {
+		t.Errorf("while meshd is away: %v", err)
 	}
 }
 

@@ -39,6 +39,7 @@ type mesh struct {
 	discoveryv3.UnimplementedAggregatedDiscoveryServiceServer
 	api.UnimplementedWorkloadsServer
 	*catest.CA
+	jwt     *ca.JWTAuthority
 	cluster *catest.Cluster
 	token   string // a join token for web-1 in namespace legacy on network n1
 	address string
@@ -111,7 +112,11 @@ func newMesh(t *testing.T, l net.Listener) *mesh {
 	if err != nil {
 		t.Fatal(err)
 	}
-	issuing, err := caserver.New(caserver.Config{Authority: m.Authority, Attestor: attestor})
+	m.jwt, err = ca.OpenJWT(t.Context(), m.Authority, ca.JWTConfig{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	issuing, err := caserver.New(caserver.Config{Authority: m.Authority, Attestor: attestor, JWT: m.jwt})
 	if err != nil {
 		t.Fatal(err)
 	}

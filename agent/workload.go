@@ -23,7 +23,7 @@ import (
 // newWorkloadAPI serves the agent's identity to the workload. In a pod the volume
 // of the socket says who may ask; a machine has other users, so that they are named.
 func (a *Agent) newWorkloadAPI() *workloadapi.Server {
-	s := &workloadapi.Server{Source: served{a.keeper}, Users: a.config.WorkloadUsers, Log: a.log}
+	s := &workloadapi.Server{Source: served{a.keeper}, Tokens: a.tokens, Users: a.config.WorkloadUsers, Log: a.log}
 	if s.Users == nil && a.config.Role == VM {
 		s.Users = []uint32{0, uint32(os.Geteuid())}
 	}

@@ -46,7 +46,8 @@ type AuditEntry struct {
 	Epoch      int64      `json:"epoch,omitempty"`     // of the issuer
 	NotBefore  *time.Time `json:"not_before,omitempty"`
 	NotAfter   *time.Time `json:"not_after,omitempty"`
-	Key        string     `json:"key,omitempty"` // thumbprint of the certified key
+	Key        string     `json:"key,omitempty"`      // thumbprint of the certified key
+	Audience   []string   `json:"audience,omitempty"` // of a JWT-SVID
 	Reason     string     `json:"reason,omitempty"`
 	Previous   string     `json:"prev"` // hash of the line before; set by Append
 }

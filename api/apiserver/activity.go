@@ -201,7 +201,9 @@ func (s *Server) activityOut(t *auditTail, e ca.AuditEntry) *api.Activity {
 		out.Verb, out.Object, out.Message, out.Instance = e.Method, e.Reason, "", "" // the instance is the caller's
 	case ca.AuditIssued:
 		out.Message = fmt.Sprintf("certificate %s, by %s", e.Serial, e.Method)
-	case ca.AuditRefused:
+	case ca.AuditJWTIssued:
+		out.Message = fmt.Sprintf("JWT-SVID %s for %s, by %s", e.Serial, strings.Join(e.Audience, ", "), e.Method)
+	case ca.AuditRefused, ca.AuditJWTRefused:
 		out.Result = "refused"
 	case ca.AuditBegan, ca.AuditAuthority:
 		out.Actor = "meshd"

@@ -4,6 +4,7 @@ package caserver_test
 
 import (
 	"bytes"
+	"context"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/tls"
@@ -61,7 +62,8 @@ func TestAttackA01NothingIsAnonymous(t *testing.T) {
 				"a certificate of somebody else": {certificates: []tls.Certificate{stranger.Leaf(t, catest.Subject(s.east.Source(), "p", "shop"))}},
 			} {
 				a := s.dial(t, test.certificates...)
-				ctx := t.Context()
+				ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second) // a stream that was let in would not end
+				defer cancel()
 				if test.bearer != "" {
 					ctx = metadata.AppendToOutgoingContext(ctx, "authorization", "Bearer "+test.bearer)
 				}
@@ -73,7 +75,7 @@ func TestAttackA01NothingIsAnonymous(t *testing.T) {
 			}
 		}
 	}
-	if methods != 1 {
+	if methods != 3 {
 		t.Errorf("%d methods; is this test still right?", methods)
 	}
 }

@@ -46,6 +46,7 @@ type service struct {
 	address    string
 	rpc        *grpc.Server
 	server     *caserver.Server
+	jwt        *ca.JWTAuthority
 }
 
 // Keys implements attest.Clusters.
@@ -111,7 +112,10 @@ func startLogging(t testing.TB, log *slog.Logger, options ...func(*ca.Config)) *
 	if err != nil {
 		t.Fatal(err)
 	}
-	server, err := caserver.New(caserver.Config{Authority: s.Authority, Attestor: attestor, Log: log})
+	if s.jwt, err = ca.OpenJWT(t.Context(), s.Authority, ca.JWTConfig{}); err != nil {
+		t.Fatal(err)
+	}
+	server, err := caserver.New(caserver.Config{Authority: s.Authority, Attestor: attestor, JWT: s.jwt, Log: log})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -22,19 +22,25 @@ import (
 	"github.com/isthmus-mesh/isthmus/ca/catest"
 )
 
+// leafChain is what a server sees of a client's certificate.
+func leafChain(t testing.TB, leaf tls.Certificate) (chain []*x509.Certificate) {
+	t.Helper()
+	for _, der := range leaf.Certificate {
+		cert, err := x509.ParseCertificate(der)
+		if err != nil {
+			t.Fatal(err)
+		}
+		chain = append(chain, cert)
+	}
+	return chain
+}
+
 // FuzzCreateCertificate: whatever a caller sends, as a message and beside it, is refused with a reason, or gets the
 // certificate of its credential and no other.
 func FuzzCreateCertificate(f *testing.F) {
 	s := start(f)
 	subject := ca.Subject{Source: s.east.Source(), Instance: "uid-0", Namespace: "shop", ServiceAccount: "reviews"}
-	var chain []*x509.Certificate
-	for _, der := range s.Leaf(f, subject).Certificate {
-		cert, err := x509.ParseCertificate(der)
-		if err != nil {
-			f.Fatal(err)
-		}
-		chain = append(chain, cert)
-	}
+	chain := leafChain(f, s.Leaf(f, subject))
 	good, err := proto.Marshal(&security.IstioCertificateRequest{Csr: string(catest.CSR(f, catest.Key(f), nil)), ValidityDuration: 1 << 62})
 	if err != nil {
 		f.Fatal(err)

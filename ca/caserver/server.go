@@ -14,6 +14,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/isthmus-mesh/isthmus/api"
 	"github.com/isthmus-mesh/isthmus/ca"
 	"github.com/isthmus-mesh/isthmus/ca/attest"
 	"google.golang.org/grpc"
@@ -45,6 +46,8 @@ type Config struct {
 	Authority *ca.Authority
 	// Attestor finds out for whom. Required.
 	Attestor *attest.Attestor
+	// JWT issues JWT-SVIDs, for the service isthmus.v1.Identity. Without it that service is not there.
+	JWT *ca.JWTAuthority
 	// Every and Burst limit how often one workload gets a certificate: Burst at once, then one each Every.
 	// The defaults if zero.
 	Every time.Duration
@@ -53,10 +56,13 @@ type Config struct {
 	Log *slog.Logger
 }
 
-// Server is the certificate service (istio.v1.auth.IstioCertificateService).
+// Server is the certificate service (istio.v1.auth.IstioCertificateService), and where it has JWT-SVIDs also the
+// service for those.
 type Server struct {
 	security.UnimplementedIstioCertificateServiceServer
+	api.UnimplementedIdentityServer
 	cfg      Config
+	tokens   *limiter
 	issues   *limiter
 	refusals *limiter
 }
@@ -80,6 +86,7 @@ func New(cfg Config) (*Server, error) {
 	return &Server{
 		cfg:      cfg,
 		issues:   newLimiter(cfg.Every, cfg.Burst),
+		tokens:   newLimiter(tokensEvery, tokensBurst),
 		refusals: newLimiter(time.Second/refusalsPerSecond, refusalsBurst),
 	}, nil
 }
@@ -88,6 +95,9 @@ func New(cfg Config) (*Server, error) {
 // requiring them; see Serving.
 func (s *Server) Register(r grpc.ServiceRegistrar) {
 	security.RegisterIstioCertificateServiceServer(r, s)
+	if s.cfg.JWT != nil {
+		api.RegisterIdentityServer(r, s)
+	}
 }
 
 // CreateCertificate answers with the leaf, its intermediate, and the root last, one PEM certificate each.
@@ -149,11 +159,7 @@ func (s *Server) issue(ctx context.Context, in *security.IstioCertificateRequest
 
 // refuseStranger records a refusal, unless there are too many of them.
 func (s *Server) refuseStranger(req ca.Request, cause error) error {
-	kind := "stranger"
-	if req.Subject.Source != "" {
-		kind = string(req.Subject.Source)
-	}
-	skipped, ok := s.refusals.allowCounting(kind)
+	skipped, ok := s.recordRefusal(req.Subject)
 	if !ok {
 		return cause
 	}
@@ -181,9 +187,9 @@ func (s *Server) status(err error) error {
 	case errors.Is(err, attest.ErrGone), errors.Is(err, ca.ErrRevoked), errors.Is(err, ca.ErrNotGranted),
 		errors.Is(err, ca.ErrForeignName), errors.Is(err, ca.ErrSubject):
 		return status.Error(codes.PermissionDenied, err.Error())
-	case errors.Is(err, ca.ErrRequest):
+	case errors.Is(err, ca.ErrRequest), errors.Is(err, ca.ErrAudience):
 		return status.Error(codes.InvalidArgument, err.Error())
-	case errors.Is(err, errTooMany):
+	case errors.Is(err, errTooMany), errors.Is(err, errTooManyTokens):
 		return status.Error(codes.ResourceExhausted, err.Error())
 	case errors.Is(err, ca.ErrUnavailable), errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
 		s.cfg.Log.Warn("authority not available", "error", err)

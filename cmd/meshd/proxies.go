@@ -49,7 +49,7 @@ func (d *daemon) wireProxies(context.Context) error {
 		return nil
 	})
 	d.run("revocations", d.enforceRevocations)
-	certificates, err := caserver.New(caserver.Config{Authority: d.authority, Attestor: d.attestor, Log: d.log.With("component", "ca")})
+	certificates, err := caserver.New(caserver.Config{Authority: d.authority, Attestor: d.attestor, JWT: d.jwt, Log: d.log.With("component", "ca")})
 	if err != nil {
 		return err
 	}

@@ -45,6 +45,7 @@ type daemon struct {
 	audit     *ca.AuditLog
 	heads     *ca.Checkpoints
 	authority *ca.Authority
+	jwt       *ca.JWTAuthority
 	attestor  *attest.Attestor
 	tokens    *caetcd.Tokens
 	serving   *caserver.Serving

@@ -118,6 +118,10 @@ func (d *daemon) openAuthority(ctx context.Context) (err error) {
 		return err
 	}
 	d.run("authority", d.authority.Run)
+	if d.jwt, err = ca.OpenJWT(ctx, d.authority, ca.JWTConfig{}); err != nil {
+		return err
+	}
+	d.run("keys for JWT-SVIDs", d.jwt.Run)
 	d.ready.add("authority", func() error { return nil })
 	d.attestor, err = attest.New(attest.Config{Authority: d.authority, Clusters: who, JoinTokens: d.tokens, Workloads: who})
 	if err != nil {
