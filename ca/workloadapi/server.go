@@ -66,6 +66,8 @@ type Server struct {
 	workload.UnimplementedSpiffeWorkloadAPIServer
 	// Source is asked at every call and every change. Required.
 	Source Source
+	// Tokens of the JWT profile; without them its calls are not implemented.
+	Tokens Tokens
 	// Users are the user IDs that may ask; nil lets everybody in who can open the socket.
 	Users []uint32
 	// Connections and Streams limit one user; the defaults if zero.

@@ -369,12 +369,3 @@ func TestLimits(t *testing.T) {
 		}
 	}
 }
-
-// Whatever a request holds, it gets an answer and not a panic.
-func FuzzRequest(f *testing.F) {
-	f.Add([]byte("\n\x01a"), []byte("\n\x01a\x12\x03a.b"))
-	f.Fuzz(func(t *testing.T, fetch, validate []byte) {
-		source := &held{err: workloadapi.ErrNoIdentity}
-		workloadapi.CallUndecoded(t, &workloadapi.Server{Source: source}, fetch, validate)
-	})
-}
