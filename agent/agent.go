@@ -75,6 +75,7 @@ func New(c Config, log *slog.Logger) (*Agent, error) {
 		Ready:       a.certified,
 		Dial:        dialMeshd,
 		Expires:     a.expires,
+		Beside:      a.keepTrust,
 		Log:         log,
 	}
 	if !c.NoDNS {

@@ -4848,8 +4848,7 @@ const file_admin_proto_rawDesc = "" +
 	"\amessage\x18\x06 \x01(\tR\amessage\x12\x18\n" +
 	"\areplica\x18\a \x01(\tR\areplica\x12\x16\n" +
 	"\x06source\x18\b \x01(\tR\x06source\x12\x1a\n" +
-	"\binstance\x18\t \x01(\tR\binstance2\xfd\n" +
-	"\n" +
+	"\binstance\x18\t \x01(\tR\binstance2\x9b\f\n" +
 	"\x05Admin\x12F\n" +
 	"\n" +
 	"GetVersion\x12\x1d.isthmus.v1.GetVersionRequest\x1a\x19.isthmus.v1.VersionReport\x12H\n" +
@@ -4875,7 +4874,9 @@ const file_admin_proto_rawDesc = "" +
 	"OffboardVM\x12\x1d.isthmus.v1.OffboardVMRequest\x1a\x1e.isthmus.v1.OffboardVMResponse\x12G\n" +
 	"\fTailActivity\x12\x1f.isthmus.v1.TailActivityRequest\x1a\x14.isthmus.v1.Activity0\x01\x12O\n" +
 	"\x0eVerifyActivity\x12!.isthmus.v1.VerifyActivityRequest\x1a\x1a.isthmus.v1.ActivityReport\x12L\n" +
-	"\fGetAuthority\x12\x1f.isthmus.v1.GetAuthorityRequest\x1a\x1b.isthmus.v1.AuthorityReportB%Z#github.com/isthmus-mesh/isthmus/apib\x06proto3"
+	"\fGetAuthority\x12\x1f.isthmus.v1.GetAuthorityRequest\x1a\x1b.isthmus.v1.AuthorityReport\x12Z\n" +
+	"\x0fRotateAuthority\x12\".isthmus.v1.RotateAuthorityRequest\x1a#.isthmus.v1.RotateAuthorityResponse\x12@\n" +
+	"\tListTrust\x12\x1c.isthmus.v1.ListTrustRequest\x1a\x15.isthmus.v1.TrustListB%Z#github.com/isthmus-mesh/isthmus/apib\x06proto3"
 
 var (
 	file_admin_proto_rawDescOnce sync.Once
@@ -4955,8 +4956,12 @@ var file_admin_proto_goTypes = []any{
 	(*durationpb.Duration)(nil),      // 61: google.protobuf.Duration
 	(*VerifyActivityRequest)(nil),    // 62: isthmus.v1.VerifyActivityRequest
 	(*GetAuthorityRequest)(nil),      // 63: isthmus.v1.GetAuthorityRequest
-	(*ActivityReport)(nil),           // 64: isthmus.v1.ActivityReport
-	(*AuthorityReport)(nil),          // 65: isthmus.v1.AuthorityReport
+	(*RotateAuthorityRequest)(nil),   // 64: isthmus.v1.RotateAuthorityRequest
+	(*ListTrustRequest)(nil),         // 65: isthmus.v1.ListTrustRequest
+	(*ActivityReport)(nil),           // 66: isthmus.v1.ActivityReport
+	(*AuthorityReport)(nil),          // 67: isthmus.v1.AuthorityReport
+	(*RotateAuthorityResponse)(nil),  // 68: isthmus.v1.RotateAuthorityResponse
+	(*TrustList)(nil),                // 69: isthmus.v1.TrustList
 }
 var file_admin_proto_depIdxs = []int32{
 	60, // 0: isthmus.v1.Metadata.created:type_name -> google.protobuf.Timestamp
@@ -5047,27 +5052,31 @@ var file_admin_proto_depIdxs = []int32{
 	55, // 85: isthmus.v1.Admin.TailActivity:input_type -> isthmus.v1.TailActivityRequest
 	62, // 86: isthmus.v1.Admin.VerifyActivity:input_type -> isthmus.v1.VerifyActivityRequest
 	63, // 87: isthmus.v1.Admin.GetAuthority:input_type -> isthmus.v1.GetAuthorityRequest
-	5,  // 88: isthmus.v1.Admin.GetVersion:output_type -> isthmus.v1.VersionReport
-	15, // 89: isthmus.v1.Admin.ListClusters:output_type -> isthmus.v1.ClusterList
-	8,  // 90: isthmus.v1.Admin.GetCluster:output_type -> isthmus.v1.Cluster
-	18, // 91: isthmus.v1.Admin.RegisterCluster:output_type -> isthmus.v1.RegisterClusterResponse
-	20, // 92: isthmus.v1.Admin.DescribeDeparture:output_type -> isthmus.v1.Departure
-	3,  // 93: isthmus.v1.Admin.RemoveCluster:output_type -> isthmus.v1.Progress
-	23, // 94: isthmus.v1.Admin.CheckReach:output_type -> isthmus.v1.ReachReport
-	25, // 95: isthmus.v1.Admin.ProbePaths:output_type -> isthmus.v1.PathReport
-	28, // 96: isthmus.v1.Admin.ListServices:output_type -> isthmus.v1.ServiceList
-	33, // 97: isthmus.v1.Admin.ListEndpoints:output_type -> isthmus.v1.EndpointList
-	36, // 98: isthmus.v1.Admin.ListProxies:output_type -> isthmus.v1.ProxyList
-	40, // 99: isthmus.v1.Admin.ListConfig:output_type -> isthmus.v1.ConfigObjectList
-	43, // 100: isthmus.v1.Admin.Check:output_type -> isthmus.v1.CheckReport
-	50, // 101: isthmus.v1.Admin.OnboardVM:output_type -> isthmus.v1.OnboardVMResponse
-	52, // 102: isthmus.v1.Admin.ListVMs:output_type -> isthmus.v1.VMList
-	54, // 103: isthmus.v1.Admin.OffboardVM:output_type -> isthmus.v1.OffboardVMResponse
-	56, // 104: isthmus.v1.Admin.TailActivity:output_type -> isthmus.v1.Activity
-	64, // 105: isthmus.v1.Admin.VerifyActivity:output_type -> isthmus.v1.ActivityReport
-	65, // 106: isthmus.v1.Admin.GetAuthority:output_type -> isthmus.v1.AuthorityReport
-	88, // [88:107] is the sub-list for method output_type
-	69, // [69:88] is the sub-list for method input_type
+	64, // 88: isthmus.v1.Admin.RotateAuthority:input_type -> isthmus.v1.RotateAuthorityRequest
+	65, // 89: isthmus.v1.Admin.ListTrust:input_type -> isthmus.v1.ListTrustRequest
+	5,  // 90: isthmus.v1.Admin.GetVersion:output_type -> isthmus.v1.VersionReport
+	15, // 91: isthmus.v1.Admin.ListClusters:output_type -> isthmus.v1.ClusterList
+	8,  // 92: isthmus.v1.Admin.GetCluster:output_type -> isthmus.v1.Cluster
+	18, // 93: isthmus.v1.Admin.RegisterCluster:output_type -> isthmus.v1.RegisterClusterResponse
+	20, // 94: isthmus.v1.Admin.DescribeDeparture:output_type -> isthmus.v1.Departure
+	3,  // 95: isthmus.v1.Admin.RemoveCluster:output_type -> isthmus.v1.Progress
+	23, // 96: isthmus.v1.Admin.CheckReach:output_type -> isthmus.v1.ReachReport
+	25, // 97: isthmus.v1.Admin.ProbePaths:output_type -> isthmus.v1.PathReport
+	28, // 98: isthmus.v1.Admin.ListServices:output_type -> isthmus.v1.ServiceList
+	33, // 99: isthmus.v1.Admin.ListEndpoints:output_type -> isthmus.v1.EndpointList
+	36, // 100: isthmus.v1.Admin.ListProxies:output_type -> isthmus.v1.ProxyList
+	40, // 101: isthmus.v1.Admin.ListConfig:output_type -> isthmus.v1.ConfigObjectList
+	43, // 102: isthmus.v1.Admin.Check:output_type -> isthmus.v1.CheckReport
+	50, // 103: isthmus.v1.Admin.OnboardVM:output_type -> isthmus.v1.OnboardVMResponse
+	52, // 104: isthmus.v1.Admin.ListVMs:output_type -> isthmus.v1.VMList
+	54, // 105: isthmus.v1.Admin.OffboardVM:output_type -> isthmus.v1.OffboardVMResponse
+	56, // 106: isthmus.v1.Admin.TailActivity:output_type -> isthmus.v1.Activity
+	66, // 107: isthmus.v1.Admin.VerifyActivity:output_type -> isthmus.v1.ActivityReport
+	67, // 108: isthmus.v1.Admin.GetAuthority:output_type -> isthmus.v1.AuthorityReport
+	68, // 109: isthmus.v1.Admin.RotateAuthority:output_type -> isthmus.v1.RotateAuthorityResponse
+	69, // 110: isthmus.v1.Admin.ListTrust:output_type -> isthmus.v1.TrustList
+	90, // [90:111] is the sub-list for method output_type
+	69, // [69:90] is the sub-list for method input_type
 	69, // [69:69] is the sub-list for extension type_name
 	69, // [69:69] is the sub-list for extension extendee
 	0,  // [0:69] is the sub-list for field type_name

@@ -40,6 +40,8 @@ const (
 	Admin_TailActivity_FullMethodName      = "/isthmus.v1.Admin/TailActivity"
 	Admin_VerifyActivity_FullMethodName    = "/isthmus.v1.Admin/VerifyActivity"
 	Admin_GetAuthority_FullMethodName      = "/isthmus.v1.Admin/GetAuthority"
+	Admin_RotateAuthority_FullMethodName   = "/isthmus.v1.Admin/RotateAuthority"
+	Admin_ListTrust_FullMethodName         = "/isthmus.v1.Admin/ListTrust"
 )
 
 // AdminClient is the client API for Admin service.
@@ -100,6 +102,11 @@ type AdminClient interface {
 	VerifyActivity(ctx context.Context, in *VerifyActivityRequest, opts ...grpc.CallOption) (*ActivityReport, error)
 	// GetAuthority describes the certificate authority.
 	GetAuthority(ctx context.Context, in *GetAuthorityRequest, opts ...grpc.CallOption) (*AuthorityReport, error)
+	// RotateAuthority begins the rotation of an authority, or changes one that goes on.
+	RotateAuthority(ctx context.Context, in *RotateAuthorityRequest, opts ...grpc.CallOption) (*RotateAuthorityResponse, error)
+	// ListTrust tells what the workloads trust that are connected to this replica. The
+	// replicas ask each other.
+	ListTrust(ctx context.Context, in *ListTrustRequest, opts ...grpc.CallOption) (*TrustList, error)
 }
 
 type adminClient struct {
@@ -318,6 +325,26 @@ func (c *adminClient) GetAuthority(ctx context.Context, in *GetAuthorityRequest,
 	return out, nil
 }
 
+func (c *adminClient) RotateAuthority(ctx context.Context, in *RotateAuthorityRequest, opts ...grpc.CallOption) (*RotateAuthorityResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RotateAuthorityResponse)
+	err := c.cc.Invoke(ctx, Admin_RotateAuthority_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) ListTrust(ctx context.Context, in *ListTrustRequest, opts ...grpc.CallOption) (*TrustList, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(TrustList)
+	err := c.cc.Invoke(ctx, Admin_ListTrust_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AdminServer is the server API for Admin service.
 // All implementations must embed UnimplementedAdminServer
 // for forward compatibility.
@@ -376,6 +403,11 @@ type AdminServer interface {
 	VerifyActivity(context.Context, *VerifyActivityRequest) (*ActivityReport, error)
 	// GetAuthority describes the certificate authority.
 	GetAuthority(context.Context, *GetAuthorityRequest) (*AuthorityReport, error)
+	// RotateAuthority begins the rotation of an authority, or changes one that goes on.
+	RotateAuthority(context.Context, *RotateAuthorityRequest) (*RotateAuthorityResponse, error)
+	// ListTrust tells what the workloads trust that are connected to this replica. The
+	// replicas ask each other.
+	ListTrust(context.Context, *ListTrustRequest) (*TrustList, error)
 	mustEmbedUnimplementedAdminServer()
 }
 
@@ -442,6 +474,12 @@ func (UnimplementedAdminServer) VerifyActivity(context.Context, *VerifyActivityR
 }
 func (UnimplementedAdminServer) GetAuthority(context.Context, *GetAuthorityRequest) (*AuthorityReport, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetAuthority not implemented")
+}
+func (UnimplementedAdminServer) RotateAuthority(context.Context, *RotateAuthorityRequest) (*RotateAuthorityResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RotateAuthority not implemented")
+}
+func (UnimplementedAdminServer) ListTrust(context.Context, *ListTrustRequest) (*TrustList, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListTrust not implemented")
 }
 func (UnimplementedAdminServer) mustEmbedUnimplementedAdminServer() {}
 func (UnimplementedAdminServer) testEmbeddedByValue()               {}
@@ -792,6 +830,42 @@ func _Admin_GetAuthority_Handler(srv interface{}, ctx context.Context, dec func(
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_RotateAuthority_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RotateAuthorityRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).RotateAuthority(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_RotateAuthority_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).RotateAuthority(ctx, req.(*RotateAuthorityRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_ListTrust_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListTrustRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).ListTrust(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_ListTrust_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).ListTrust(ctx, req.(*ListTrustRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Admin_ServiceDesc is the grpc.ServiceDesc for Admin service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -866,6 +940,14 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "GetAuthority",
 			Handler:    _Admin_GetAuthority_Handler,
+		},
+		{
+			MethodName: "RotateAuthority",
+			Handler:    _Admin_RotateAuthority_Handler,
+		},
+		{
+			MethodName: "ListTrust",
+			Handler:    _Admin_ListTrust_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

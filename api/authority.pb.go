@@ -74,7 +74,9 @@ type AuthorityReport struct {
 	// When this replica last read the authorities from the store.
 	Confirmed *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=confirmed,proto3" json:"confirmed,omitempty"`
 	// The root first, then by name of what they issue for.
-	Issuers       []*Issuer `protobuf:"bytes,7,rep,name=issuers,proto3" json:"issuers,omitempty"`
+	Issuers []*Issuer `protobuf:"bytes,7,rep,name=issuers,proto3" json:"issuers,omitempty"`
+	// Those that go on, the root's first.
+	Rotations     []*Rotation `protobuf:"bytes,8,rep,name=rotations,proto3" json:"rotations,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -158,6 +160,688 @@ func (x *AuthorityReport) GetIssuers() []*Issuer {
 	return nil
 }
 
+func (x *AuthorityReport) GetRotations() []*Rotation {
+	if x != nil {
+		return x.Rotations
+	}
+	return nil
+}
+
+// Rotation replaces the authority of one scope by another, step by step. Each step
+// is kept in the store before anything is done by it.
+type Rotation struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As in Issuer.
+	Name  string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Scope string `protobuf:"bytes,2,opt,name=scope,proto3" json:"scope,omitempty"`
+	// "prepare", "distribute", "sign-new", "drain-old", "remove": what is being done.
+	Phase string `protobuf:"bytes,3,opt,name=phase,proto3" json:"phase,omitempty"`
+	// IDs of issuers, and the phases of these: the new one is "generated",
+	// "published", "distributed", "active"; then the old one is "retiring",
+	// "drained", and gone.
+	From      string                 `protobuf:"bytes,4,opt,name=from,proto3" json:"from,omitempty"`
+	To        string                 `protobuf:"bytes,5,opt,name=to,proto3" json:"to,omitempty"`
+	FromPhase string                 `protobuf:"bytes,6,opt,name=from_phase,json=fromPhase,proto3" json:"from_phase,omitempty"`
+	ToPhase   string                 `protobuf:"bytes,7,opt,name=to_phase,json=toPhase,proto3" json:"to_phase,omitempty"`
+	Started   *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=started,proto3" json:"started,omitempty"`
+	Paused    bool                   `protobuf:"varint,9,opt,name=paused,proto3" json:"paused,omitempty"`
+	// It was rolled back after the new authority had signed, which is now the one
+	// that is replaced.
+	Back bool `protobuf:"varint,10,opt,name=back,proto3" json:"back,omitempty"`
+	// When nothing that the old authority signed is alive; not set before it signs no more.
+	Drains *timestamppb.Timestamp `protobuf:"bytes,11,opt,name=drains,proto3" json:"drains,omitempty"`
+	// What it waits for, for a person; empty if for nothing.
+	Waiting string `protobuf:"bytes,12,opt,name=waiting,proto3" json:"waiting,omitempty"`
+	// By cluster or network of virtual machines.
+	Progress []*RotationProgress `protobuf:"bytes,13,rep,name=progress,proto3" json:"progress,omitempty"`
+	// Workloads that a person has decided to leave behind.
+	Left          []string            `protobuf:"bytes,14,rep,name=left,proto3" json:"left,omitempty"`
+	Decisions     []*RotationDecision `protobuf:"bytes,15,rep,name=decisions,proto3" json:"decisions,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Rotation) Reset() {
+	*x = Rotation{}
+	mi := &file_authority_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Rotation) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Rotation) ProtoMessage() {}
+
+func (x *Rotation) ProtoReflect() protoreflect.Message {
+	mi := &file_authority_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Rotation.ProtoReflect.Descriptor instead.
+func (*Rotation) Descriptor() ([]byte, []int) {
+	return file_authority_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Rotation) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Rotation) GetScope() string {
+	if x != nil {
+		return x.Scope
+	}
+	return ""
+}
+
+func (x *Rotation) GetPhase() string {
+	if x != nil {
+		return x.Phase
+	}
+	return ""
+}
+
+func (x *Rotation) GetFrom() string {
+	if x != nil {
+		return x.From
+	}
+	return ""
+}
+
+func (x *Rotation) GetTo() string {
+	if x != nil {
+		return x.To
+	}
+	return ""
+}
+
+func (x *Rotation) GetFromPhase() string {
+	if x != nil {
+		return x.FromPhase
+	}
+	return ""
+}
+
+func (x *Rotation) GetToPhase() string {
+	if x != nil {
+		return x.ToPhase
+	}
+	return ""
+}
+
+func (x *Rotation) GetStarted() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Started
+	}
+	return nil
+}
+
+func (x *Rotation) GetPaused() bool {
+	if x != nil {
+		return x.Paused
+	}
+	return false
+}
+
+func (x *Rotation) GetBack() bool {
+	if x != nil {
+		return x.Back
+	}
+	return false
+}
+
+func (x *Rotation) GetDrains() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Drains
+	}
+	return nil
+}
+
+func (x *Rotation) GetWaiting() string {
+	if x != nil {
+		return x.Waiting
+	}
+	return ""
+}
+
+func (x *Rotation) GetProgress() []*RotationProgress {
+	if x != nil {
+		return x.Progress
+	}
+	return nil
+}
+
+func (x *Rotation) GetLeft() []string {
+	if x != nil {
+		return x.Left
+	}
+	return nil
+}
+
+func (x *Rotation) GetDecisions() []*RotationDecision {
+	if x != nil {
+		return x.Decisions
+	}
+	return nil
+}
+
+// RotationProgress is how far the workloads of one source are.
+type RotationProgress struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Name    string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Proxies int32                  `protobuf:"varint,2,opt,name=proxies,proto3" json:"proxies,omitempty"`
+	// How many verify peers with the present bundle, and have a certificate by the
+	// new authority.
+	Trusting      int32        `protobuf:"varint,3,opt,name=trusting,proto3" json:"trusting,omitempty"`
+	Signed        int32        `protobuf:"varint,4,opt,name=signed,proto3" json:"signed,omitempty"`
+	Stragglers    []*Straggler `protobuf:"bytes,5,rep,name=stragglers,proto3" json:"stragglers,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RotationProgress) Reset() {
+	*x = RotationProgress{}
+	mi := &file_authority_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RotationProgress) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RotationProgress) ProtoMessage() {}
+
+func (x *RotationProgress) ProtoReflect() protoreflect.Message {
+	mi := &file_authority_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RotationProgress.ProtoReflect.Descriptor instead.
+func (*RotationProgress) Descriptor() ([]byte, []int) {
+	return file_authority_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *RotationProgress) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *RotationProgress) GetProxies() int32 {
+	if x != nil {
+		return x.Proxies
+	}
+	return 0
+}
+
+func (x *RotationProgress) GetTrusting() int32 {
+	if x != nil {
+		return x.Trusting
+	}
+	return 0
+}
+
+func (x *RotationProgress) GetSigned() int32 {
+	if x != nil {
+		return x.Signed
+	}
+	return 0
+}
+
+func (x *RotationProgress) GetStragglers() []*Straggler {
+	if x != nil {
+		return x.Stragglers
+	}
+	return nil
+}
+
+// Straggler is a workload that has not acknowledged the present bundle.
+type Straggler struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// "source/namespace/name".
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Reason        string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	Since         *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=since,proto3" json:"since,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Straggler) Reset() {
+	*x = Straggler{}
+	mi := &file_authority_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Straggler) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Straggler) ProtoMessage() {}
+
+func (x *Straggler) ProtoReflect() protoreflect.Message {
+	mi := &file_authority_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Straggler.ProtoReflect.Descriptor instead.
+func (*Straggler) Descriptor() ([]byte, []int) {
+	return file_authority_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *Straggler) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Straggler) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *Straggler) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+// RotationDecision is what a person had a rotation do.
+type RotationDecision struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Time          *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=time,proto3" json:"time,omitempty"`
+	Actor         string                 `protobuf:"bytes,2,opt,name=actor,proto3" json:"actor,omitempty"`
+	What          string                 `protobuf:"bytes,3,opt,name=what,proto3" json:"what,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RotationDecision) Reset() {
+	*x = RotationDecision{}
+	mi := &file_authority_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RotationDecision) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RotationDecision) ProtoMessage() {}
+
+func (x *RotationDecision) ProtoReflect() protoreflect.Message {
+	mi := &file_authority_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RotationDecision.ProtoReflect.Descriptor instead.
+func (*RotationDecision) Descriptor() ([]byte, []int) {
+	return file_authority_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *RotationDecision) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
+func (x *RotationDecision) GetActor() string {
+	if x != nil {
+		return x.Actor
+	}
+	return ""
+}
+
+func (x *RotationDecision) GetWhat() string {
+	if x != nil {
+		return x.What
+	}
+	return ""
+}
+
+// RotateAuthorityRequest changes a rotation, or begins one.
+type RotateAuthorityRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// "root", "meshd", the name of a cluster, or "network/NAME"; empty means the one
+	// that goes on.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// "plan", "start", "pause", "resume", "rollback", "proceed".
+	Action string `protobuf:"bytes,2,opt,name=action,proto3" json:"action,omitempty"`
+	// With "proceed": the stragglers that the caller was shown and leaves behind. It
+	// is refused if there are others by now.
+	Stragglers    []string `protobuf:"bytes,3,rep,name=stragglers,proto3" json:"stragglers,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RotateAuthorityRequest) Reset() {
+	*x = RotateAuthorityRequest{}
+	mi := &file_authority_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RotateAuthorityRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RotateAuthorityRequest) ProtoMessage() {}
+
+func (x *RotateAuthorityRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_authority_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RotateAuthorityRequest.ProtoReflect.Descriptor instead.
+func (*RotateAuthorityRequest) Descriptor() ([]byte, []int) {
+	return file_authority_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *RotateAuthorityRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *RotateAuthorityRequest) GetAction() string {
+	if x != nil {
+		return x.Action
+	}
+	return ""
+}
+
+func (x *RotateAuthorityRequest) GetStragglers() []string {
+	if x != nil {
+		return x.Stragglers
+	}
+	return nil
+}
+
+// RotateAuthorityResponse is the authority afterwards.
+type RotateAuthorityResponse struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Report *AuthorityReport       `protobuf:"bytes,1,opt,name=report,proto3" json:"report,omitempty"`
+	// With "plan": how long the old authority would be drained, in seconds.
+	DrainSeconds  int64 `protobuf:"varint,2,opt,name=drain_seconds,json=drainSeconds,proto3" json:"drain_seconds,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RotateAuthorityResponse) Reset() {
+	*x = RotateAuthorityResponse{}
+	mi := &file_authority_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RotateAuthorityResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RotateAuthorityResponse) ProtoMessage() {}
+
+func (x *RotateAuthorityResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_authority_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RotateAuthorityResponse.ProtoReflect.Descriptor instead.
+func (*RotateAuthorityResponse) Descriptor() ([]byte, []int) {
+	return file_authority_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *RotateAuthorityResponse) GetReport() *AuthorityReport {
+	if x != nil {
+		return x.Report
+	}
+	return nil
+}
+
+func (x *RotateAuthorityResponse) GetDrainSeconds() int64 {
+	if x != nil {
+		return x.DrainSeconds
+	}
+	return 0
+}
+
+type ListTrustRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListTrustRequest) Reset() {
+	*x = ListTrustRequest{}
+	mi := &file_authority_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListTrustRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListTrustRequest) ProtoMessage() {}
+
+func (x *ListTrustRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_authority_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListTrustRequest.ProtoReflect.Descriptor instead.
+func (*ListTrustRequest) Descriptor() ([]byte, []int) {
+	return file_authority_proto_rawDescGZIP(), []int{8}
+}
+
+// TrustList is what the workloads trust that are connected to one replica.
+type TrustList struct {
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	ApiVersion string                 `protobuf:"bytes,1,opt,name=api_version,json=apiVersion,proto3" json:"api_version,omitempty"`
+	// "TrustList".
+	Kind    string `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`
+	Replica string `protobuf:"bytes,3,opt,name=replica,proto3" json:"replica,omitempty"`
+	// The replica's clock.
+	Time          *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=time,proto3" json:"time,omitempty"`
+	Items         []*TrustHolder         `protobuf:"bytes,5,rep,name=items,proto3" json:"items,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TrustList) Reset() {
+	*x = TrustList{}
+	mi := &file_authority_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TrustList) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TrustList) ProtoMessage() {}
+
+func (x *TrustList) ProtoReflect() protoreflect.Message {
+	mi := &file_authority_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TrustList.ProtoReflect.Descriptor instead.
+func (*TrustList) Descriptor() ([]byte, []int) {
+	return file_authority_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *TrustList) GetApiVersion() string {
+	if x != nil {
+		return x.ApiVersion
+	}
+	return ""
+}
+
+func (x *TrustList) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *TrustList) GetReplica() string {
+	if x != nil {
+		return x.Replica
+	}
+	return ""
+}
+
+func (x *TrustList) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
+func (x *TrustList) GetItems() []*TrustHolder {
+	if x != nil {
+		return x.Items
+	}
+	return nil
+}
+
+// TrustHolder is one workload.
+type TrustHolder struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Source        string                 `protobuf:"bytes,1,opt,name=source,proto3" json:"source,omitempty"`
+	Uid           string                 `protobuf:"bytes,2,opt,name=uid,proto3" json:"uid,omitempty"`
+	State         *TrustState            `protobuf:"bytes,3,opt,name=state,proto3" json:"state,omitempty"`
+	Since         *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=since,proto3" json:"since,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TrustHolder) Reset() {
+	*x = TrustHolder{}
+	mi := &file_authority_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TrustHolder) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TrustHolder) ProtoMessage() {}
+
+func (x *TrustHolder) ProtoReflect() protoreflect.Message {
+	mi := &file_authority_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TrustHolder.ProtoReflect.Descriptor instead.
+func (*TrustHolder) Descriptor() ([]byte, []int) {
+	return file_authority_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *TrustHolder) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *TrustHolder) GetUid() string {
+	if x != nil {
+		return x.Uid
+	}
+	return ""
+}
+
+func (x *TrustHolder) GetState() *TrustState {
+	if x != nil {
+		return x.State
+	}
+	return nil
+}
+
+func (x *TrustHolder) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
 // Issuer is one certificate that signs others.
 type Issuer struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -180,7 +864,7 @@ type Issuer struct {
 
 func (x *Issuer) Reset() {
 	*x = Issuer{}
-	mi := &file_authority_proto_msgTypes[2]
+	mi := &file_authority_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -192,7 +876,7 @@ func (x *Issuer) String() string {
 func (*Issuer) ProtoMessage() {}
 
 func (x *Issuer) ProtoReflect() protoreflect.Message {
-	mi := &file_authority_proto_msgTypes[2]
+	mi := &file_authority_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -205,7 +889,7 @@ func (x *Issuer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Issuer.ProtoReflect.Descriptor instead.
 func (*Issuer) Descriptor() ([]byte, []int) {
-	return file_authority_proto_rawDescGZIP(), []int{2}
+	return file_authority_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Issuer) GetName() string {
@@ -272,7 +956,7 @@ type VerifyActivityRequest struct {
 
 func (x *VerifyActivityRequest) Reset() {
 	*x = VerifyActivityRequest{}
-	mi := &file_authority_proto_msgTypes[3]
+	mi := &file_authority_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -284,7 +968,7 @@ func (x *VerifyActivityRequest) String() string {
 func (*VerifyActivityRequest) ProtoMessage() {}
 
 func (x *VerifyActivityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_authority_proto_msgTypes[3]
+	mi := &file_authority_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -297,7 +981,7 @@ func (x *VerifyActivityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyActivityRequest.ProtoReflect.Descriptor instead.
 func (*VerifyActivityRequest) Descriptor() ([]byte, []int) {
-	return file_authority_proto_rawDescGZIP(), []int{3}
+	return file_authority_proto_rawDescGZIP(), []int{12}
 }
 
 // ActivityReport tells whether the audit logs of the replicas are whole.
@@ -313,7 +997,7 @@ type ActivityReport struct {
 
 func (x *ActivityReport) Reset() {
 	*x = ActivityReport{}
-	mi := &file_authority_proto_msgTypes[4]
+	mi := &file_authority_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -325,7 +1009,7 @@ func (x *ActivityReport) String() string {
 func (*ActivityReport) ProtoMessage() {}
 
 func (x *ActivityReport) ProtoReflect() protoreflect.Message {
-	mi := &file_authority_proto_msgTypes[4]
+	mi := &file_authority_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -338,7 +1022,7 @@ func (x *ActivityReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActivityReport.ProtoReflect.Descriptor instead.
 func (*ActivityReport) Descriptor() ([]byte, []int) {
-	return file_authority_proto_rawDescGZIP(), []int{4}
+	return file_authority_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ActivityReport) GetApiVersion() string {
@@ -386,7 +1070,7 @@ type AuditLog struct {
 
 func (x *AuditLog) Reset() {
 	*x = AuditLog{}
-	mi := &file_authority_proto_msgTypes[5]
+	mi := &file_authority_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -398,7 +1082,7 @@ func (x *AuditLog) String() string {
 func (*AuditLog) ProtoMessage() {}
 
 func (x *AuditLog) ProtoReflect() protoreflect.Message {
-	mi := &file_authority_proto_msgTypes[5]
+	mi := &file_authority_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -411,7 +1095,7 @@ func (x *AuditLog) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditLog.ProtoReflect.Descriptor instead.
 func (*AuditLog) Descriptor() ([]byte, []int) {
-	return file_authority_proto_rawDescGZIP(), []int{5}
+	return file_authority_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *AuditLog) GetReplica() string {
@@ -477,7 +1161,7 @@ type AuditMark struct {
 
 func (x *AuditMark) Reset() {
 	*x = AuditMark{}
-	mi := &file_authority_proto_msgTypes[6]
+	mi := &file_authority_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -489,7 +1173,7 @@ func (x *AuditMark) String() string {
 func (*AuditMark) ProtoMessage() {}
 
 func (x *AuditMark) ProtoReflect() protoreflect.Message {
-	mi := &file_authority_proto_msgTypes[6]
+	mi := &file_authority_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -502,7 +1186,7 @@ func (x *AuditMark) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditMark.ProtoReflect.Descriptor instead.
 func (*AuditMark) Descriptor() ([]byte, []int) {
-	return file_authority_proto_rawDescGZIP(), []int{6}
+	return file_authority_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *AuditMark) GetTime() *timestamppb.Timestamp {
@@ -538,8 +1222,8 @@ var File_authority_proto protoreflect.FileDescriptor
 const file_authority_proto_rawDesc = "" +
 	"\n" +
 	"\x0fauthority.proto\x12\n" +
-	"isthmus.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x15\n" +
-	"\x13GetAuthorityRequest\"\x90\x02\n" +
+	"isthmus.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x0fworkloads.proto\"\x15\n" +
+	"\x13GetAuthorityRequest\"\xc4\x02\n" +
 	"\x0fAuthorityReport\x12\x1f\n" +
 	"\vapi_version\x18\x01 \x01(\tR\n" +
 	"apiVersion\x12\x12\n" +
@@ -548,7 +1232,64 @@ const file_authority_proto_rawDesc = "" +
 	"\x0fbundle_sequence\x18\x04 \x01(\x04R\x0ebundleSequence\x12\x14\n" +
 	"\x05roots\x18\x05 \x03(\tR\x05roots\x128\n" +
 	"\tconfirmed\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\tconfirmed\x12,\n" +
-	"\aissuers\x18\a \x03(\v2\x12.isthmus.v1.IssuerR\aissuers\"\x94\x02\n" +
+	"\aissuers\x18\a \x03(\v2\x12.isthmus.v1.IssuerR\aissuers\x122\n" +
+	"\trotations\x18\b \x03(\v2\x14.isthmus.v1.RotationR\trotations\"\xe2\x03\n" +
+	"\bRotation\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
+	"\x05scope\x18\x02 \x01(\tR\x05scope\x12\x14\n" +
+	"\x05phase\x18\x03 \x01(\tR\x05phase\x12\x12\n" +
+	"\x04from\x18\x04 \x01(\tR\x04from\x12\x0e\n" +
+	"\x02to\x18\x05 \x01(\tR\x02to\x12\x1d\n" +
+	"\n" +
+	"from_phase\x18\x06 \x01(\tR\tfromPhase\x12\x19\n" +
+	"\bto_phase\x18\a \x01(\tR\atoPhase\x124\n" +
+	"\astarted\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\astarted\x12\x16\n" +
+	"\x06paused\x18\t \x01(\bR\x06paused\x12\x12\n" +
+	"\x04back\x18\n" +
+	" \x01(\bR\x04back\x122\n" +
+	"\x06drains\x18\v \x01(\v2\x1a.google.protobuf.TimestampR\x06drains\x12\x18\n" +
+	"\awaiting\x18\f \x01(\tR\awaiting\x128\n" +
+	"\bprogress\x18\r \x03(\v2\x1c.isthmus.v1.RotationProgressR\bprogress\x12\x12\n" +
+	"\x04left\x18\x0e \x03(\tR\x04left\x12:\n" +
+	"\tdecisions\x18\x0f \x03(\v2\x1c.isthmus.v1.RotationDecisionR\tdecisions\"\xab\x01\n" +
+	"\x10RotationProgress\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
+	"\aproxies\x18\x02 \x01(\x05R\aproxies\x12\x1a\n" +
+	"\btrusting\x18\x03 \x01(\x05R\btrusting\x12\x16\n" +
+	"\x06signed\x18\x04 \x01(\x05R\x06signed\x125\n" +
+	"\n" +
+	"stragglers\x18\x05 \x03(\v2\x15.isthmus.v1.StragglerR\n" +
+	"stragglers\"i\n" +
+	"\tStraggler\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\x120\n" +
+	"\x05since\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\"l\n" +
+	"\x10RotationDecision\x12.\n" +
+	"\x04time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x14\n" +
+	"\x05actor\x18\x02 \x01(\tR\x05actor\x12\x12\n" +
+	"\x04what\x18\x03 \x01(\tR\x04what\"d\n" +
+	"\x16RotateAuthorityRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
+	"\x06action\x18\x02 \x01(\tR\x06action\x12\x1e\n" +
+	"\n" +
+	"stragglers\x18\x03 \x03(\tR\n" +
+	"stragglers\"s\n" +
+	"\x17RotateAuthorityResponse\x123\n" +
+	"\x06report\x18\x01 \x01(\v2\x1b.isthmus.v1.AuthorityReportR\x06report\x12#\n" +
+	"\rdrain_seconds\x18\x02 \x01(\x03R\fdrainSeconds\"\x12\n" +
+	"\x10ListTrustRequest\"\xb9\x01\n" +
+	"\tTrustList\x12\x1f\n" +
+	"\vapi_version\x18\x01 \x01(\tR\n" +
+	"apiVersion\x12\x12\n" +
+	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x18\n" +
+	"\areplica\x18\x03 \x01(\tR\areplica\x12.\n" +
+	"\x04time\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12-\n" +
+	"\x05items\x18\x05 \x03(\v2\x17.isthmus.v1.TrustHolderR\x05items\"\x97\x01\n" +
+	"\vTrustHolder\x12\x16\n" +
+	"\x06source\x18\x01 \x01(\tR\x06source\x12\x10\n" +
+	"\x03uid\x18\x02 \x01(\tR\x03uid\x12,\n" +
+	"\x05state\x18\x03 \x01(\v2\x16.isthmus.v1.TrustStateR\x05state\x120\n" +
+	"\x05since\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\"\x94\x02\n" +
 	"\x06Issuer\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05scope\x18\x02 \x01(\tR\x05scope\x12\x0e\n" +
@@ -591,31 +1332,54 @@ func file_authority_proto_rawDescGZIP() []byte {
 	return file_authority_proto_rawDescData
 }
 
-var file_authority_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
+var file_authority_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
 var file_authority_proto_goTypes = []any{
-	(*GetAuthorityRequest)(nil),   // 0: isthmus.v1.GetAuthorityRequest
-	(*AuthorityReport)(nil),       // 1: isthmus.v1.AuthorityReport
-	(*Issuer)(nil),                // 2: isthmus.v1.Issuer
-	(*VerifyActivityRequest)(nil), // 3: isthmus.v1.VerifyActivityRequest
-	(*ActivityReport)(nil),        // 4: isthmus.v1.ActivityReport
-	(*AuditLog)(nil),              // 5: isthmus.v1.AuditLog
-	(*AuditMark)(nil),             // 6: isthmus.v1.AuditMark
-	(*timestamppb.Timestamp)(nil), // 7: google.protobuf.Timestamp
+	(*GetAuthorityRequest)(nil),     // 0: isthmus.v1.GetAuthorityRequest
+	(*AuthorityReport)(nil),         // 1: isthmus.v1.AuthorityReport
+	(*Rotation)(nil),                // 2: isthmus.v1.Rotation
+	(*RotationProgress)(nil),        // 3: isthmus.v1.RotationProgress
+	(*Straggler)(nil),               // 4: isthmus.v1.Straggler
+	(*RotationDecision)(nil),        // 5: isthmus.v1.RotationDecision
+	(*RotateAuthorityRequest)(nil),  // 6: isthmus.v1.RotateAuthorityRequest
+	(*RotateAuthorityResponse)(nil), // 7: isthmus.v1.RotateAuthorityResponse
+	(*ListTrustRequest)(nil),        // 8: isthmus.v1.ListTrustRequest
+	(*TrustList)(nil),               // 9: isthmus.v1.TrustList
+	(*TrustHolder)(nil),             // 10: isthmus.v1.TrustHolder
+	(*Issuer)(nil),                  // 11: isthmus.v1.Issuer
+	(*VerifyActivityRequest)(nil),   // 12: isthmus.v1.VerifyActivityRequest
+	(*ActivityReport)(nil),          // 13: isthmus.v1.ActivityReport
+	(*AuditLog)(nil),                // 14: isthmus.v1.AuditLog
+	(*AuditMark)(nil),               // 15: isthmus.v1.AuditMark
+	(*timestamppb.Timestamp)(nil),   // 16: google.protobuf.Timestamp
+	(*TrustState)(nil),              // 17: isthmus.v1.TrustState
 }
 var file_authority_proto_depIdxs = []int32{
-	7, // 0: isthmus.v1.AuthorityReport.confirmed:type_name -> google.protobuf.Timestamp
-	2, // 1: isthmus.v1.AuthorityReport.issuers:type_name -> isthmus.v1.Issuer
-	7, // 2: isthmus.v1.Issuer.since:type_name -> google.protobuf.Timestamp
-	7, // 3: isthmus.v1.Issuer.not_before:type_name -> google.protobuf.Timestamp
-	7, // 4: isthmus.v1.Issuer.not_after:type_name -> google.protobuf.Timestamp
-	5, // 5: isthmus.v1.ActivityReport.logs:type_name -> isthmus.v1.AuditLog
-	6, // 6: isthmus.v1.AuditLog.marks:type_name -> isthmus.v1.AuditMark
-	7, // 7: isthmus.v1.AuditMark.time:type_name -> google.protobuf.Timestamp
-	8, // [8:8] is the sub-list for method output_type
-	8, // [8:8] is the sub-list for method input_type
-	8, // [8:8] is the sub-list for extension type_name
-	8, // [8:8] is the sub-list for extension extendee
-	0, // [0:8] is the sub-list for field type_name
+	16, // 0: isthmus.v1.AuthorityReport.confirmed:type_name -> google.protobuf.Timestamp
+	11, // 1: isthmus.v1.AuthorityReport.issuers:type_name -> isthmus.v1.Issuer
+	2,  // 2: isthmus.v1.AuthorityReport.rotations:type_name -> isthmus.v1.Rotation
+	16, // 3: isthmus.v1.Rotation.started:type_name -> google.protobuf.Timestamp
+	16, // 4: isthmus.v1.Rotation.drains:type_name -> google.protobuf.Timestamp
+	3,  // 5: isthmus.v1.Rotation.progress:type_name -> isthmus.v1.RotationProgress
+	5,  // 6: isthmus.v1.Rotation.decisions:type_name -> isthmus.v1.RotationDecision
+	4,  // 7: isthmus.v1.RotationProgress.stragglers:type_name -> isthmus.v1.Straggler
+	16, // 8: isthmus.v1.Straggler.since:type_name -> google.protobuf.Timestamp
+	16, // 9: isthmus.v1.RotationDecision.time:type_name -> google.protobuf.Timestamp
+	1,  // 10: isthmus.v1.RotateAuthorityResponse.report:type_name -> isthmus.v1.AuthorityReport
+	16, // 11: isthmus.v1.TrustList.time:type_name -> google.protobuf.Timestamp
+	10, // 12: isthmus.v1.TrustList.items:type_name -> isthmus.v1.TrustHolder
+	17, // 13: isthmus.v1.TrustHolder.state:type_name -> isthmus.v1.TrustState
+	16, // 14: isthmus.v1.TrustHolder.since:type_name -> google.protobuf.Timestamp
+	16, // 15: isthmus.v1.Issuer.since:type_name -> google.protobuf.Timestamp
+	16, // 16: isthmus.v1.Issuer.not_before:type_name -> google.protobuf.Timestamp
+	16, // 17: isthmus.v1.Issuer.not_after:type_name -> google.protobuf.Timestamp
+	14, // 18: isthmus.v1.ActivityReport.logs:type_name -> isthmus.v1.AuditLog
+	15, // 19: isthmus.v1.AuditLog.marks:type_name -> isthmus.v1.AuditMark
+	16, // 20: isthmus.v1.AuditMark.time:type_name -> google.protobuf.Timestamp
+	21, // [21:21] is the sub-list for method output_type
+	21, // [21:21] is the sub-list for method input_type
+	21, // [21:21] is the sub-list for extension type_name
+	21, // [21:21] is the sub-list for extension extendee
+	0,  // [0:21] is the sub-list for field type_name
 }
 
 func init() { file_authority_proto_init() }
@@ -623,13 +1387,14 @@ func file_authority_proto_init() {
 	if File_authority_proto != nil {
 		return
 	}
+	file_workloads_proto_init()
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_authority_proto_rawDesc), len(file_authority_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   7,
+			NumMessages:   16,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

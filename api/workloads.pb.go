@@ -25,6 +25,134 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+// TrustBundle is the roots of the trust domain.
+type TrustBundle struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Rises with every change. An agent takes no bundle that is older than its own.
+	Sequence uint64 `protobuf:"varint,1,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	// PEM.
+	Roots []byte `protobuf:"bytes,2,opt,name=roots,proto3" json:"roots,omitempty"`
+	// SHA-256 of roots, hexadecimal.
+	Digest        string `protobuf:"bytes,3,opt,name=digest,proto3" json:"digest,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TrustBundle) Reset() {
+	*x = TrustBundle{}
+	mi := &file_workloads_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TrustBundle) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TrustBundle) ProtoMessage() {}
+
+func (x *TrustBundle) ProtoReflect() protoreflect.Message {
+	mi := &file_workloads_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TrustBundle.ProtoReflect.Descriptor instead.
+func (*TrustBundle) Descriptor() ([]byte, []int) {
+	return file_workloads_proto_rawDescGZIP(), []int{0}
+}
+
+func (x *TrustBundle) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
+}
+
+func (x *TrustBundle) GetRoots() []byte {
+	if x != nil {
+		return x.Roots
+	}
+	return nil
+}
+
+func (x *TrustBundle) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+// TrustState is what a workload trusts now, and who vouches for it.
+type TrustState struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Digest of the bundle that its Envoy has acknowledged; empty before the first.
+	Digest string `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
+	// Why the newest bundle is not in use, for a person.
+	Problem string `protobuf:"bytes,2,opt,name=problem,proto3" json:"problem,omitempty"`
+	// Subject key identifier of what signed the workload's certificate, hexadecimal.
+	Authority     string `protobuf:"bytes,3,opt,name=authority,proto3" json:"authority,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TrustState) Reset() {
+	*x = TrustState{}
+	mi := &file_workloads_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TrustState) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TrustState) ProtoMessage() {}
+
+func (x *TrustState) ProtoReflect() protoreflect.Message {
+	mi := &file_workloads_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TrustState.ProtoReflect.Descriptor instead.
+func (*TrustState) Descriptor() ([]byte, []int) {
+	return file_workloads_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *TrustState) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *TrustState) GetProblem() string {
+	if x != nil {
+		return x.Problem
+	}
+	return ""
+}
+
+func (x *TrustState) GetAuthority() string {
+	if x != nil {
+		return x.Authority
+	}
+	return ""
+}
+
 // ProbeRequest asks an agent to open one connection from its own network
 // namespace, past its own redirection, and to close it after the handshake.
 type ProbeRequest struct {
@@ -51,7 +179,7 @@ type ProbeRequest struct {
 
 func (x *ProbeRequest) Reset() {
 	*x = ProbeRequest{}
-	mi := &file_workloads_proto_msgTypes[0]
+	mi := &file_workloads_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -63,7 +191,7 @@ func (x *ProbeRequest) String() string {
 func (*ProbeRequest) ProtoMessage() {}
 
 func (x *ProbeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_workloads_proto_msgTypes[0]
+	mi := &file_workloads_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -76,7 +204,7 @@ func (x *ProbeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProbeRequest.ProtoReflect.Descriptor instead.
 func (*ProbeRequest) Descriptor() ([]byte, []int) {
-	return file_workloads_proto_rawDescGZIP(), []int{0}
+	return file_workloads_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *ProbeRequest) GetId() uint64 {
@@ -152,7 +280,7 @@ type ProbeResult struct {
 
 func (x *ProbeResult) Reset() {
 	*x = ProbeResult{}
-	mi := &file_workloads_proto_msgTypes[1]
+	mi := &file_workloads_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -164,7 +292,7 @@ func (x *ProbeResult) String() string {
 func (*ProbeResult) ProtoMessage() {}
 
 func (x *ProbeResult) ProtoReflect() protoreflect.Message {
-	mi := &file_workloads_proto_msgTypes[1]
+	mi := &file_workloads_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -177,7 +305,7 @@ func (x *ProbeResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProbeResult.ProtoReflect.Descriptor instead.
 func (*ProbeResult) Descriptor() ([]byte, []int) {
-	return file_workloads_proto_rawDescGZIP(), []int{1}
+	return file_workloads_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *ProbeResult) GetId() uint64 {
@@ -261,7 +389,7 @@ type HealthReport struct {
 
 func (x *HealthReport) Reset() {
 	*x = HealthReport{}
-	mi := &file_workloads_proto_msgTypes[2]
+	mi := &file_workloads_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -273,7 +401,7 @@ func (x *HealthReport) String() string {
 func (*HealthReport) ProtoMessage() {}
 
 func (x *HealthReport) ProtoReflect() protoreflect.Message {
-	mi := &file_workloads_proto_msgTypes[2]
+	mi := &file_workloads_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -286,7 +414,7 @@ func (x *HealthReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HealthReport.ProtoReflect.Descriptor instead.
 func (*HealthReport) Descriptor() ([]byte, []int) {
-	return file_workloads_proto_rawDescGZIP(), []int{2}
+	return file_workloads_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *HealthReport) GetHealthy() bool {
@@ -360,7 +488,7 @@ type HealthAck struct {
 
 func (x *HealthAck) Reset() {
 	*x = HealthAck{}
-	mi := &file_workloads_proto_msgTypes[3]
+	mi := &file_workloads_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -372,7 +500,7 @@ func (x *HealthAck) String() string {
 func (*HealthAck) ProtoMessage() {}
 
 func (x *HealthAck) ProtoReflect() protoreflect.Message {
-	mi := &file_workloads_proto_msgTypes[3]
+	mi := &file_workloads_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -385,7 +513,7 @@ func (x *HealthAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HealthAck.ProtoReflect.Descriptor instead.
 func (*HealthAck) Descriptor() ([]byte, []int) {
-	return file_workloads_proto_rawDescGZIP(), []int{3}
+	return file_workloads_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *HealthAck) GetIntervalSeconds() uint32 {
@@ -414,7 +542,16 @@ var File_workloads_proto protoreflect.FileDescriptor
 const file_workloads_proto_rawDesc = "" +
 	"\n" +
 	"\x0fworkloads.proto\x12\n" +
-	"isthmus.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xcf\x01\n" +
+	"isthmus.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"W\n" +
+	"\vTrustBundle\x12\x1a\n" +
+	"\bsequence\x18\x01 \x01(\x04R\bsequence\x12\x14\n" +
+	"\x05roots\x18\x02 \x01(\fR\x05roots\x12\x16\n" +
+	"\x06digest\x18\x03 \x01(\tR\x06digest\"\\\n" +
+	"\n" +
+	"TrustState\x12\x16\n" +
+	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x18\n" +
+	"\aproblem\x18\x02 \x01(\tR\aproblem\x12\x1c\n" +
+	"\tauthority\x18\x03 \x01(\tR\tauthority\"\xcf\x01\n" +
 	"\fProbeRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x10\n" +
@@ -446,10 +583,11 @@ const file_workloads_proto_rawDesc = "" +
 	"\tHealthAck\x12)\n" +
 	"\x10interval_seconds\x18\x01 \x01(\rR\x0fintervalSeconds\x12\x1a\n" +
 	"\baccepted\x18\x02 \x01(\bR\baccepted\x12\x18\n" +
-	"\amessage\x18\x03 \x01(\tR\amessage2\x8a\x01\n" +
+	"\amessage\x18\x03 \x01(\tR\amessage2\xc8\x01\n" +
 	"\tWorkloads\x12=\n" +
 	"\x06Report\x12\x18.isthmus.v1.HealthReport\x1a\x15.isthmus.v1.HealthAck(\x010\x01\x12>\n" +
-	"\x05Probe\x12\x17.isthmus.v1.ProbeResult\x1a\x18.isthmus.v1.ProbeRequest(\x010\x01B%Z#github.com/isthmus-mesh/isthmus/apib\x06proto3"
+	"\x05Probe\x12\x17.isthmus.v1.ProbeResult\x1a\x18.isthmus.v1.ProbeRequest(\x010\x01\x12<\n" +
+	"\x05Trust\x12\x16.isthmus.v1.TrustState\x1a\x17.isthmus.v1.TrustBundle(\x010\x01B%Z#github.com/isthmus-mesh/isthmus/apib\x06proto3"
 
 var (
 	file_workloads_proto_rawDescOnce sync.Once
@@ -463,26 +601,30 @@ func file_workloads_proto_rawDescGZIP() []byte {
 	return file_workloads_proto_rawDescData
 }
 
-var file_workloads_proto_msgTypes = make([]protoimpl.MessageInfo, 4)
+var file_workloads_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
 var file_workloads_proto_goTypes = []any{
-	(*ProbeRequest)(nil),          // 0: isthmus.v1.ProbeRequest
-	(*ProbeResult)(nil),           // 1: isthmus.v1.ProbeResult
-	(*HealthReport)(nil),          // 2: isthmus.v1.HealthReport
-	(*HealthAck)(nil),             // 3: isthmus.v1.HealthAck
-	(*durationpb.Duration)(nil),   // 4: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil), // 5: google.protobuf.Timestamp
+	(*TrustBundle)(nil),           // 0: isthmus.v1.TrustBundle
+	(*TrustState)(nil),            // 1: isthmus.v1.TrustState
+	(*ProbeRequest)(nil),          // 2: isthmus.v1.ProbeRequest
+	(*ProbeResult)(nil),           // 3: isthmus.v1.ProbeResult
+	(*HealthReport)(nil),          // 4: isthmus.v1.HealthReport
+	(*HealthAck)(nil),             // 5: isthmus.v1.HealthAck
+	(*durationpb.Duration)(nil),   // 6: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil), // 7: google.protobuf.Timestamp
 }
 var file_workloads_proto_depIdxs = []int32{
-	4, // 0: isthmus.v1.ProbeRequest.timeout:type_name -> google.protobuf.Duration
-	4, // 1: isthmus.v1.ProbeResult.elapsed:type_name -> google.protobuf.Duration
-	5, // 2: isthmus.v1.HealthReport.observed:type_name -> google.protobuf.Timestamp
-	5, // 3: isthmus.v1.HealthReport.certificate_expires:type_name -> google.protobuf.Timestamp
-	2, // 4: isthmus.v1.Workloads.Report:input_type -> isthmus.v1.HealthReport
-	1, // 5: isthmus.v1.Workloads.Probe:input_type -> isthmus.v1.ProbeResult
-	3, // 6: isthmus.v1.Workloads.Report:output_type -> isthmus.v1.HealthAck
-	0, // 7: isthmus.v1.Workloads.Probe:output_type -> isthmus.v1.ProbeRequest
-	6, // [6:8] is the sub-list for method output_type
-	4, // [4:6] is the sub-list for method input_type
+	6, // 0: isthmus.v1.ProbeRequest.timeout:type_name -> google.protobuf.Duration
+	6, // 1: isthmus.v1.ProbeResult.elapsed:type_name -> google.protobuf.Duration
+	7, // 2: isthmus.v1.HealthReport.observed:type_name -> google.protobuf.Timestamp
+	7, // 3: isthmus.v1.HealthReport.certificate_expires:type_name -> google.protobuf.Timestamp
+	4, // 4: isthmus.v1.Workloads.Report:input_type -> isthmus.v1.HealthReport
+	3, // 5: isthmus.v1.Workloads.Probe:input_type -> isthmus.v1.ProbeResult
+	1, // 6: isthmus.v1.Workloads.Trust:input_type -> isthmus.v1.TrustState
+	5, // 7: isthmus.v1.Workloads.Report:output_type -> isthmus.v1.HealthAck
+	2, // 8: isthmus.v1.Workloads.Probe:output_type -> isthmus.v1.ProbeRequest
+	0, // 9: isthmus.v1.Workloads.Trust:output_type -> isthmus.v1.TrustBundle
+	7, // [7:10] is the sub-list for method output_type
+	4, // [4:7] is the sub-list for method input_type
 	4, // [4:4] is the sub-list for extension type_name
 	4, // [4:4] is the sub-list for extension extendee
 	0, // [0:4] is the sub-list for field type_name
@@ -499,7 +641,7 @@ func file_workloads_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_workloads_proto_rawDesc), len(file_workloads_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   4,
+			NumMessages:   6,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

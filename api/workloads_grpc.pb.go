@@ -23,14 +23,15 @@ const _ = grpc.SupportPackageIsVersion9
 const (
 	Workloads_Report_FullMethodName = "/isthmus.v1.Workloads/Report"
 	Workloads_Probe_FullMethodName  = "/isthmus.v1.Workloads/Probe"
+	Workloads_Trust_FullMethodName  = "/isthmus.v1.Workloads/Trust"
 )
 
 // WorkloadsClient is the client API for Workloads service.
 //
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 //
-// Workloads is what an agent outside Kubernetes tells meshd about its workload.
-// It is served on the port of ADS and of the CA (15012). Who reports is taken
+// Workloads is what agents tell meshd about their workloads, and what they do for
+// it. It is served on the port of ADS and of the CA (15012). Who reports is taken
 // from the client certificate alone; an agent can only report about itself.
 type WorkloadsClient interface {
 	// Report keeps one stream open for as long as the agent lives. The first
@@ -41,6 +42,10 @@ type WorkloadsClient interface {
 	// be tried from where it is used. The agent opens the stream, sends one empty
 	// ProbeResult to make itself known, and answers each request once.
 	Probe(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[ProbeResult, ProbeRequest], error)
+	// Trust keeps one stream open beside ADS, on the same connection. The agent says
+	// what it has, gets the trust bundle then and whenever it changes, and says so
+	// again once its Envoy verifies peers with it.
+	Trust(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[TrustState, TrustBundle], error)
 }
 
 type workloadsClient struct {
@@ -77,12 +82,25 @@ func (c *workloadsClient) Probe(ctx context.Context, opts ...grpc.CallOption) (g
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Workloads_ProbeClient = grpc.BidiStreamingClient[ProbeResult, ProbeRequest]
 
+func (c *workloadsClient) Trust(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[TrustState, TrustBundle], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Workloads_ServiceDesc.Streams[2], Workloads_Trust_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[TrustState, TrustBundle]{ClientStream: stream}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Workloads_TrustClient = grpc.BidiStreamingClient[TrustState, TrustBundle]
+
 // WorkloadsServer is the server API for Workloads service.
 // All implementations must embed UnimplementedWorkloadsServer
 // for forward compatibility.
 //
-// Workloads is what an agent outside Kubernetes tells meshd about its workload.
-// It is served on the port of ADS and of the CA (15012). Who reports is taken
+// Workloads is what agents tell meshd about their workloads, and what they do for
+// it. It is served on the port of ADS and of the CA (15012). Who reports is taken
 // from the client certificate alone; an agent can only report about itself.
 type WorkloadsServer interface {
 	// Report keeps one stream open for as long as the agent lives. The first
@@ -93,6 +111,10 @@ type WorkloadsServer interface {
 	// be tried from where it is used. The agent opens the stream, sends one empty
 	// ProbeResult to make itself known, and answers each request once.
 	Probe(grpc.BidiStreamingServer[ProbeResult, ProbeRequest]) error
+	// Trust keeps one stream open beside ADS, on the same connection. The agent says
+	// what it has, gets the trust bundle then and whenever it changes, and says so
+	// again once its Envoy verifies peers with it.
+	Trust(grpc.BidiStreamingServer[TrustState, TrustBundle]) error
 	mustEmbedUnimplementedWorkloadsServer()
 }
 
@@ -108,6 +130,9 @@ func (UnimplementedWorkloadsServer) Report(grpc.BidiStreamingServer[HealthReport
 }
 func (UnimplementedWorkloadsServer) Probe(grpc.BidiStreamingServer[ProbeResult, ProbeRequest]) error {
 	return status.Error(codes.Unimplemented, "method Probe not implemented")
+}
+func (UnimplementedWorkloadsServer) Trust(grpc.BidiStreamingServer[TrustState, TrustBundle]) error {
+	return status.Error(codes.Unimplemented, "method Trust not implemented")
 }
 func (UnimplementedWorkloadsServer) mustEmbedUnimplementedWorkloadsServer() {}
 func (UnimplementedWorkloadsServer) testEmbeddedByValue()                   {}
@@ -144,6 +169,13 @@ func _Workloads_Probe_Handler(srv interface{}, stream grpc.ServerStream) error {
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Workloads_ProbeServer = grpc.BidiStreamingServer[ProbeResult, ProbeRequest]
 
+func _Workloads_Trust_Handler(srv interface{}, stream grpc.ServerStream) error {
+	return srv.(WorkloadsServer).Trust(&grpc.GenericServerStream[TrustState, TrustBundle]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Workloads_TrustServer = grpc.BidiStreamingServer[TrustState, TrustBundle]
+
 // Workloads_ServiceDesc is the grpc.ServiceDesc for Workloads service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -161,6 +193,12 @@ var Workloads_ServiceDesc = grpc.ServiceDesc{
 		{
 			StreamName:    "Probe",
 			Handler:       _Workloads_Probe_Handler,
+			ServerStreams: true,
+			ClientStreams: true,
+		},
+		{
+			StreamName:    "Trust",
+			Handler:       _Workloads_Trust_Handler,
 			ServerStreams: true,
 			ClientStreams: true,
 		},

@@ -28,6 +28,9 @@ func (b Bundle) PEM() []byte {
 	return out.Bytes()
 }
 
+// Digest is the SHA-256 of PEM in hexadecimal: what a consumer names that holds the bundle.
+func (b Bundle) Digest() string { return digest(b.PEM()) }
+
 // Pool is a fresh pool of the roots.
 func (b Bundle) Pool() *x509.CertPool {
 	pool := x509.NewCertPool()

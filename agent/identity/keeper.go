@@ -45,6 +45,7 @@ type Keeper struct {
 	current   *Certificate
 	fileRoot  []byte
 	firstRoot []byte
+	told      toldRoots
 	failure   error
 	changed   chan struct{}
 	asked     chan struct{} // closed when Renew was called
@@ -122,13 +123,17 @@ func (k *Keeper) Current() (*Certificate, error) {
 	return nil, ErrNoCertificate
 }
 
-// Roots returns the PEM bundle to verify peers with: that of the last answer
-// and that of RootsFile. It is empty when neither exists yet.
+// Roots returns the PEM bundle to verify peers with: what was told last, by
+// Trust, with an answer, or by RootsFile. Before the first of Trust's it is all
+// there is. It is empty when nothing exists yet.
 func (k *Keeper) Roots() []byte {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.current == nil {
 		return Bundle(k.fileRoot, k.firstRoot)
+	}
+	if k.told.roots != nil {
+		return Bundle(k.told.roots, k.told.answer, k.told.file)
 	}
 	return Bundle(k.current.RootsPEM, k.fileRoot)
 }
@@ -362,6 +367,9 @@ func (k *Keeper) keep(cert *Certificate) {
 func (k *Keeper) set(cert *Certificate) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	if k.told.roots != nil {
+		k.told.answer = cert.RootsPEM
+	}
 	k.current, k.failure, k.asked = cert, nil, nil
 	k.wakeLocked()
 }

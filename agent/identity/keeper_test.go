@@ -332,6 +332,45 @@ func TestRootsOfTheFileJoinThoseOfTheAnswer(t *testing.T) {
 	})
 }
 
+// What meshd tells replaces what was there, also the root that was taken out; an older bundle changes nothing.
+func TestRootsThatMeshdTellsReplaceTheOthers(t *testing.T) {
+	t.Parallel()
+	file := filepath.Join(t.TempDir(), "root-cert.pem")
+	synctest.Test(t, func(t *testing.T) {
+		a, next := newAuthority(t), newAuthority(t)
+		if err := os.WriteFile(file, []byte(a.rootPEM), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		k := &Keeper{Issuer: a, RootsFile: file}
+		keep(t, k)
+		synctest.Wait()
+		trust := func(sequence uint64, roots string, taken bool) {
+			t.Helper()
+			if ok, err := k.Trust(sequence, []byte(roots)); ok != taken || err != nil {
+				t.Errorf("Trust(%d) = %v, %v", sequence, ok, err)
+			}
+		}
+		trust(7, a.rootPEM+next.rootPEM, true)
+		if n := bytes.Count(k.Roots(), []byte("BEGIN")); n != 2 {
+			t.Errorf("%d roots", n)
+		}
+		trust(6, a.rootPEM, false)
+		trust(8, next.rootPEM, true)
+		if got := string(k.Roots()); got != next.rootPEM {
+			t.Errorf("roots %s", got)
+		}
+		if _, err := k.Trust(9, []byte("nothing")); err == nil {
+			t.Error("an empty bundle is taken")
+		}
+		// What comes with a later answer counts besides: whoever told the bundle may have gone.
+		k.Renew()
+		time.Sleep(time.Minute)
+		if n := bytes.Count(k.Roots(), []byte("BEGIN")); n != 2 {
+			t.Errorf("%d roots after a renewal", n)
+		}
+	})
+}
+
 func TestUnusableAnswersAreNamed(t *testing.T) {
 	t.Parallel()
 	a, other := newAuthority(t), newAuthority(t)

@@ -50,6 +50,8 @@ type Relay struct {
 	// when that may have changed. If set, meshd is told at the start and each time:
 	// the certificate that it saw on the stream is renewed while the stream goes on.
 	Expires func() (time.Time, <-chan struct{})
+	// Beside, if set, is run on each connection to meshd for as long as its stream lives.
+	Beside func(ctx context.Context, conn grpc.ClientConnInterface)
 	// Log gets connects, breaks and what Envoy refuses; nil discards.
 	Log *slog.Logger
 
@@ -130,6 +132,9 @@ func (r *Relay) carry(envoy grpc.ServerStream, d dialect) error {
 	go func() { ended <- one.responses() }()
 	if r.Expires != nil && d.tell != nil {
 		go one.tellExpiry(ctx)
+	}
+	if r.Beside != nil {
+		go r.Beside(ctx, conn)
 	}
 	return <-ended
 }

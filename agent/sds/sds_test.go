@@ -63,13 +63,20 @@ func (s *source) set(chain, roots string) {
 
 func serve(t *testing.T) (*source, secretv3.SecretDiscoveryServiceClient, context.Context) {
 	t.Helper()
+	s, client, ctx, _ := serveWith(t)
+	return s, client, ctx
+}
+
+func serveWith(t *testing.T) (*source, secretv3.SecretDiscoveryServiceClient, context.Context, *sds.Server) {
+	t.Helper()
 	s := &source{changed: make(chan struct{})}
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	server := grpc.NewServer()
-	secretv3.RegisterSecretDiscoveryServiceServer(server, &sds.Server{Source: s})
+	secrets := &sds.Server{Source: s}
+	secretv3.RegisterSecretDiscoveryServiceServer(server, secrets)
 	go server.Serve(l)
 	t.Cleanup(server.Stop)
 	conn, err := grpc.NewClient(l.Addr().String(), grpc.WithTransportCredentials(insecure.NewCredentials()))
@@ -79,7 +86,7 @@ func serve(t *testing.T) (*source, secretv3.SecretDiscoveryServiceClient, contex
 	t.Cleanup(func() { conn.Close() })
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	t.Cleanup(cancel)
-	return s, secretv3.NewSecretDiscoveryServiceClient(conn), ctx
+	return s, secretv3.NewSecretDiscoveryServiceClient(conn), ctx, secrets
 }
 
 // content is the PEM of a secret.
@@ -181,5 +188,53 @@ func TestAReturningClientGetsNothingItHas(t *testing.T) {
 	response := must[*discoveryv3.DeltaDiscoveryResponse](t)(second.Recv())
 	if len(response.GetResources()) != 1 || response.GetResources()[0].GetName() != "ROOTCA" {
 		t.Errorf("sent again: %v", response.GetResources())
+	}
+}
+
+// The roots count as acknowledged once every stream that asks for them has said so, and not
+// when one refuses them.
+func TestRootsAreInUseOnceEnvoyHasAcknowledged(t *testing.T) {
+	t.Parallel()
+	s, client, ctx, server := serveWith(t)
+	if err := server.Acknowledged(ctx); err != nil {
+		t.Errorf("without a stream: %v", err)
+	}
+	s.set("one", "roots")
+	delta := must[secretv3.SecretDiscoveryService_DeltaSecretsClient](t)(client.DeltaSecrets(ctx))
+	world := must[secretv3.SecretDiscoveryService_StreamSecretsClient](t)(client.StreamSecrets(ctx))
+	if err := delta.Send(&discoveryv3.DeltaDiscoveryRequest{ResourceNamesSubscribe: []string{"default", "ROOTCA"}}); err != nil {
+		t.Fatal(err)
+	}
+	if err := world.Send(&discoveryv3.DiscoveryRequest{ResourceNames: []string{"ROOTCA"}}); err != nil {
+		t.Fatal(err)
+	}
+	first := must[*discoveryv3.DeltaDiscoveryResponse](t)(delta.Recv())
+	second := must[*discoveryv3.DiscoveryResponse](t)(world.Recv())
+	done := make(chan error, 1)
+	go func() { done <- server.Acknowledged(ctx) }()
+	acknowledge := func(toDelta, toWorld *statuspb.Status) {
+		t.Helper()
+		if err := delta.Send(&discoveryv3.DeltaDiscoveryRequest{ResponseNonce: first.GetNonce(), ErrorDetail: toDelta}); err != nil {
+			t.Fatal(err)
+		}
+		if err := world.Send(&discoveryv3.DiscoveryRequest{ResourceNames: []string{"ROOTCA"}, ResponseNonce: second.GetNonce(), ErrorDetail: toWorld}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	select {
+	case err := <-done:
+		t.Fatalf("nobody has acknowledged: %v", err)
+	default:
+	}
+	acknowledge(nil, nil)
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	s.set("one", "other roots")
+	first, second = must[*discoveryv3.DeltaDiscoveryResponse](t)(delta.Recv()), must[*discoveryv3.DiscoveryResponse](t)(world.Recv())
+	go func() { done <- server.Acknowledged(ctx) }()
+	acknowledge(nil, &statuspb.Status{Message: "bad root"})
+	if err := <-done; err == nil || !strings.Contains(err.Error(), "bad root") {
+		t.Errorf("one refuses them: %v", err)
 	}
 }

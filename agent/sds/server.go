@@ -59,6 +59,8 @@ type Server struct {
 	Source Source
 	// Log gets what Envoy refuses; nil discards.
 	Log *slog.Logger
+
+	holders holders
 }
 
 // secret is one secret ready to send. The version is a hash of the content, so

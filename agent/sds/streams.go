@@ -45,6 +45,8 @@ func endOf(err error) error {
 // per secret.
 func (s *Server) StreamSecrets(stream secretv3.SecretDiscoveryService_StreamSecretsServer) error {
 	requests, failed := receive(stream.Context().Done(), stream.Recv)
+	holds := s.join()
+	defer s.leave(holds)
 	var names []string
 	var sent, nonce string
 	for count := 1; ; {
@@ -58,6 +60,9 @@ func (s *Server) StreamSecrets(stream secretv3.SecretDiscoveryService_StreamSecr
 			nonce = strconv.Itoa(count)
 			count++
 			response.Nonce, sent = nonce, response.GetVersionInfo()
+			if slices.Contains(names, RootsName) {
+				s.sent(holds, nonce, found[RootsName].version)
+			}
 			if err := stream.Send(response); err != nil {
 				return err
 			}
@@ -75,8 +80,10 @@ func (s *Server) StreamSecrets(stream secretv3.SecretDiscoveryService_StreamSecr
 			if detail := request.GetErrorDetail(); detail != nil {
 				s.refused(strings.Join(names, ","), detail.GetMessage())
 			}
+			s.heard(holds, request.GetResponseNonce(), request.GetErrorDetail())
 			if !slices.Equal(names, request.GetResourceNames()) {
 				names, sent = request.GetResourceNames(), ""
+				s.wants(holds, slices.Contains(names, RootsName), "")
 			}
 		}
 	}
@@ -85,6 +92,8 @@ func (s *Server) StreamSecrets(stream secretv3.SecretDiscoveryService_StreamSecr
 // DeltaSecrets serves the incremental variant.
 func (s *Server) DeltaSecrets(stream secretv3.SecretDiscoveryService_DeltaSecretsServer) error {
 	requests, failed := receive(stream.Context().Done(), stream.Recv)
+	holds := s.join()
+	defer s.leave(holds)
 	held := map[string]string{} // subscribed name -> version Envoy has, "" for none
 	for count := 1; ; {
 		changed := s.Source.Changed()
@@ -97,6 +106,9 @@ func (s *Server) DeltaSecrets(stream secretv3.SecretDiscoveryService_DeltaSecret
 			if one, ok := found[name]; ok && one.version != version {
 				held[name] = one.version
 				response.Resources = append(response.Resources, &discoveryv3.Resource{Name: name, Version: one.version, Resource: one.body})
+				if name == RootsName {
+					s.sent(holds, response.GetNonce(), one.version)
+				}
 			}
 		}
 		if len(response.GetResources()) > 0 {
@@ -115,7 +127,10 @@ func (s *Server) DeltaSecrets(stream secretv3.SecretDiscoveryService_DeltaSecret
 			if detail := request.GetErrorDetail(); detail != nil {
 				s.refused(strings.Join(slices.Sorted(maps.Keys(held)), ","), detail.GetMessage())
 			}
+			s.heard(holds, request.GetResponseNonce(), request.GetErrorDetail())
 			subscribe(held, request)
+			version, wants := held[RootsName]
+			s.wants(holds, wants, version)
 		}
 	}
 }

@@ -39,7 +39,7 @@ const (
 const verifyTimeout = 25 * time.Second
 
 // GetAuthority implements api.AdminServer.
-func (s *Server) GetAuthority(context.Context, *api.GetAuthorityRequest) (*api.AuthorityReport, error) {
+func (s *Server) GetAuthority(ctx context.Context, _ *api.GetAuthorityRequest) (*api.AuthorityReport, error) {
 	bundle := s.cfg.Authority.Bundle()
 	out := &api.AuthorityReport{
 		ApiVersion: api.Version, Kind: "AuthorityReport", TrustDomain: bundle.TrustDomain.Name(), BundleSequence: bundle.Sequence,
@@ -60,6 +60,7 @@ func (s *Server) GetAuthority(context.Context, *api.GetAuthorityRequest) (*api.A
 	slices.SortFunc(out.Issuers, func(a, b *api.Issuer) int {
 		return cmp.Or(cmp.Compare(rank(a), rank(b)), cmp.Compare(b.GetEpoch(), a.GetEpoch()))
 	})
+	out.Rotations = s.rotations(ctx)
 	return out, nil
 }
 

@@ -44,6 +44,8 @@ func (s *Server) mux() http.Handler {
 		"GET /api/v1/activity":                  streaming(s.TailActivity),
 		"GET /api/v1/activity/verification":     unary(s.VerifyActivity),
 		"GET /api/v1/authority":                 unary(s.GetAuthority),
+		"POST /api/v1/authority/rotation":       unary(s.RotateAuthority),
+		"GET /api/v1/authority/trust":           unary(s.ListTrust),
 	} {
 		admin.HandleFunc(pattern, handler)
 	}

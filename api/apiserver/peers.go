@@ -117,27 +117,42 @@ func ask[A any](ctx context.Context, g *PeerGroup, what string, call func(contex
 }
 
 func askWithin[A any](ctx context.Context, g *PeerGroup, limit time.Duration, what string, call func(context.Context, api.AdminClient) (A, error)) []A {
+	out, _ := askAll(ctx, g, limit, what, call)
+	return out
+}
+
+// askAll also gives the addresses of those that fail.
+func askAll[A any](ctx context.Context, g *PeerGroup, limit time.Duration, what string, call func(context.Context, api.AdminClient) (A, error)) (out []A, failed []string) {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	var (
 		mu      sync.Mutex
 		waiting sync.WaitGroup
-		out     []A
 	)
 	for address, client := range g.clients() {
 		waiting.Go(func() {
 			answer, err := call(ctx, client)
 			if err != nil {
 				g.cfg.Log.Warn("another replica does not answer", "address", address, "call", what, "error", err)
-				return
 			}
 			mu.Lock()
 			defer mu.Unlock()
-			out = append(out, answer)
+			if err != nil {
+				failed = append(failed, address)
+			} else {
+				out = append(out, answer)
+			}
 		})
 	}
 	waiting.Wait()
-	return out
+	return out, failed
+}
+
+// Trust implements Peers.
+func (g *PeerGroup) Trust(ctx context.Context) ([]*api.TrustList, []string) {
+	return askAll(ctx, g, peerTimeout, "ListTrust", func(ctx context.Context, c api.AdminClient) (*api.TrustList, error) {
+		return c.ListTrust(ctx, &api.ListTrustRequest{})
+	})
 }
 
 // Proxies implements Peers.

@@ -45,6 +45,14 @@ type Authority interface {
 	Changed() <-chan struct{}
 	// Confirmed is when the authorities were last read from the store.
 	Confirmed() time.Time
+
+	Rotations(ca.Standing) []ca.Rotation
+	DrainTime(scope string) time.Duration
+	Rotate(ctx context.Context, scope, by string) error
+	PauseRotation(ctx context.Context, scope, by string) error
+	ResumeRotation(ctx context.Context, scope, by string) error
+	RollBack(ctx context.Context, scope, by string, s ca.Standing) error
+	Proceed(ctx context.Context, scope, by string, named []string, s ca.Standing) error
 }
 
 // Authenticator finds out who calls on the port of ADS; *attest.Attestor is one.
@@ -85,6 +93,8 @@ type Peers interface {
 	// req.Follow it goes on until ctx ends.
 	TailActivity(ctx context.Context, req *api.TailActivityRequest, found func(*api.Activity))
 	Activity(ctx context.Context) []*api.AuditLog
+	// Trust is what their agents say, and which replicas do not answer.
+	Trust(ctx context.Context) (answers []*api.TrustList, missing []string)
 }
 
 // HealthCheck is one of the conditions of meshd's own readiness.
@@ -168,6 +178,7 @@ type Server struct {
 	grpc   *grpc.Server
 	routes http.Handler
 	probes *probeHub
+	trust  *trustHub
 
 	refused rate.Sometimes // keeps the log small
 
@@ -198,7 +209,7 @@ func New(cfg Config) (*Server, error) {
 		cfg.Log = slog.Default()
 	}
 	s := &Server{
-		cfg: cfg, probes: newProbeHub(),
+		cfg: cfg, probes: newProbeHub(), trust: newTrustHub(),
 		refused: rate.Sometimes{First: 10, Interval: 10 * time.Second},
 	}
 	s.grpc = grpc.NewServer(
