@@ -35,7 +35,8 @@ type adminConf struct {
 
 // WriteAdmin makes sure that dir has an admin.conf, in mode 0600, with which the command line reaches server (an
 // https URL): it is written if there is none, if it is not of this authority or for another server, if its
-// certificate is revoked, or in the last third of its life. It tells whether it was written.
+// certificate is revoked, of an authority that was replaced, or in the last third of its life. It tells whether it
+// was written.
 func WriteAdmin(ctx context.Context, authority *ca.Authority, dir, server string, now time.Time) (bool, error) {
 	path := filepath.Join(dir, AdminFile)
 	root := string(authority.Bundle().PEM())
@@ -96,10 +97,24 @@ func adminStillGood(authority *ca.Authority, path, server, root string, now time
 		chain = append(chain, cert)
 	}
 	id, err := authority.Verify(chain)
-	if err != nil || !id.IsAdmin() || authority.RevokedIdentity(id) != nil {
+	if err != nil || !id.IsAdmin() || authority.RevokedIdentity(id) != nil || !belowActive(authority, id.Authority) {
 		return false
 	}
 	return now.Before(id.NotAfter.Add(-id.NotAfter.Sub(id.NotBefore) / 3))
+}
+
+// belowActive tells whether an issuer and its root are those that sign now.
+func belowActive(authority *ca.Authority, id string) bool {
+	active := map[string]bool{}
+	for _, i := range authority.Issuers() {
+		active[i.ID] = i.Phase == ca.PhaseActive
+	}
+	for _, i := range authority.Issuers() {
+		if i.ID == id {
+			return active[i.ID] && (active[i.Under] || i.Under == "")
+		}
+	}
+	return false
 }
 
 // writeSecret replaces a file in one step; nobody but its owner can ever read it.

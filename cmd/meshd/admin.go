@@ -40,6 +40,7 @@ func (d *daemon) wireAdmin(context.Context) (err error) {
 		return err
 	}
 	d.admin.RegisterWorkloads(d.mesh)
+	d.wireRotation()
 	d.run("staleness", func(ctx context.Context) error { return d.stale.run(ctx, d.pipeline.Refresh) })
 	return nil
 }

@@ -95,6 +95,14 @@ type Configuration struct {
 
 	// CertificateLifetimes is the same for the workloads of some namespaces, by name.
 	CertificateLifetimes Lifetimes `json:"certificateLifetimes,omitempty"`
+
+	// OfflineBudget is how long a replica that cannot read etcd goes on issuing certificates,
+	// and ClockSkew how far the clocks of a mesh may be apart: a rotation waits for both.
+	OfflineBudget Duration `json:"offlineBudget,omitzero"`
+	ClockSkew     Duration `json:"clockSkew,omitzero"`
+
+	// AllowShortLifetimes lifts the lower bounds of the durations above, for tests.
+	AllowShortLifetimes bool `json:"allowShortLifetimes,omitempty"`
 }
 
 // EtcdConfiguration is an etcd cluster of your own.
@@ -207,6 +215,9 @@ func (f *flagValues) add(fs *pflag.FlagSet) {
 	fs.StringVar(&c.VirtualIPv6, "virtual-ipv6", federation.VirtualV6.String(), "range of virtual addresses; it cannot be changed while some are in use")
 	fs.DurationVar((*time.Duration)(&c.CertificateLifetime), "certificate-lifetime", 24*time.Hour, "of workloads' certificates, 5m to 168h")
 	fs.Var(&c.CertificateLifetimes, "certificate-lifetime-of", "the same for the workloads of one namespace; repeatable")
+	fs.DurationVar((*time.Duration)(&c.OfflineBudget), "offline-budget", ca.DefaultOfflineBudget, "how long a replica that cannot read etcd goes on issuing certificates, 1m to 24h; a rotation waits that long")
+	fs.DurationVar((*time.Duration)(&c.ClockSkew), "clock-skew", ca.DefaultClockSkew, "how far the clocks of the mesh may be apart, 1m to 1h; a rotation waits that long")
+	fs.BoolVar(&c.AllowShortLifetimes, "allow-short-lifetimes", false, "for tests only: the durations of certificates may be seconds")
 	fs.DurationVar((*time.Duration)(&c.DemoteAfter), "demote-after", 5*time.Minute, "how long a member's API server may be away before other clusters call it last")
 	fs.DurationVar((*time.Duration)(&c.DrainAfter), "drain-after", 15*time.Minute, "how long until they do not call it at all, if its gateways are away too and others have the service")
 }
@@ -307,8 +318,20 @@ func (c *Configuration) validate() error {
 
 // validateLifetimes is validate for the lifetimes of certificates.
 func (c *Configuration) validateLifetimes() error {
+	shortest := func(usual time.Duration) time.Duration {
+		if c.AllowShortLifetimes {
+			return time.Second
+		}
+		return usual
+	}
 	bad := func(d Duration) bool {
-		return time.Duration(d) < ca.DefaultMinLifetime || time.Duration(d) > ca.MaxLifetime
+		return time.Duration(d) < shortest(ca.DefaultMinLifetime) || time.Duration(d) > ca.MaxLifetime
+	}
+	if d := time.Duration(c.OfflineBudget); d < shortest(time.Minute) || d > 24*time.Hour {
+		return fmt.Errorf("--offline-budget %v: want 1m to 24h", d)
+	}
+	if d := time.Duration(c.ClockSkew); d < shortest(time.Minute) || d > time.Hour {
+		return fmt.Errorf("--clock-skew %v: want 1m to 1h", d)
 	}
 	if bad(c.CertificateLifetime) {
 		return fmt.Errorf("--certificate-lifetime %v: want 5m to 168h", time.Duration(c.CertificateLifetime))
@@ -336,6 +359,15 @@ func (c *Configuration) lifetimes() map[string]time.Duration {
 		out[namespace] = time.Duration(d)
 	}
 	return out
+}
+
+// backdate is less than usual where a certificate lives for seconds, since its holder renews it by its whole
+// life, from when it is valid.
+func (c *Configuration) backdate() time.Duration {
+	if c.AllowShortLifetimes {
+		return time.Second
+	}
+	return ca.DefaultBackdate
 }
 
 // validateReplica is validate for what tells this replica from others.

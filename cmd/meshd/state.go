@@ -112,7 +112,8 @@ func (d *daemon) openAuthority(ctx context.Context) (err error) {
 	who := members{d.store}
 	d.authority, err = ca.Open(ctx, ca.Config{
 		TrustDomain: trustDomain, State: state, Sealer: d.sealer, Root: root, Audit: d.audit, Grants: who,
-		Lifetime: time.Duration(d.config.CertificateLifetime), Lifetimes: d.config.lifetimes(), Log: d.log.With("component", "ca"),
+		Lifetime: time.Duration(d.config.CertificateLifetime), Lifetimes: d.config.lifetimes(),
+		Backdate: d.config.backdate(), OfflineBudget: time.Duration(d.config.OfflineBudget), ClockSkew: time.Duration(d.config.ClockSkew), Log: d.log.With("component", "ca"),
 	})
 	if err != nil {
 		return err
@@ -134,7 +135,11 @@ func (d *daemon) openAuthority(ctx context.Context) (err error) {
 		return fmt.Errorf("own certificate: %w", err)
 	}
 	d.run("own certificate", d.serving.Run)
-	return d.writeAdmin(ctx)
+	if err := d.writeAdmin(ctx); err != nil {
+		return err
+	}
+	d.run("administrator's access", d.keepAdmin)
+	return nil
 }
 
 // openAudit opens this replica's audit log, whose head is kept in etcd.
@@ -155,7 +160,7 @@ func (d *daemon) openAudit() (err error) {
 
 func (d *daemon) writeAdmin(ctx context.Context) error {
 	server := "https://" + d.config.adminAddresses()[0]
-	written, err := caserver.WriteAdmin(ctx, d.authority, d.config.DataDir, server, d.started)
+	written, err := caserver.WriteAdmin(ctx, d.authority, d.config.DataDir, server, time.Now())
 	if err == nil && written {
 		d.log.Info("wrote the administrator's access, for mesh", "file", d.config.path(caserver.AdminFile), "server", server)
 	}
