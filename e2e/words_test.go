@@ -27,6 +27,7 @@ type play struct {
 	capture *bed.Capture
 	etcd    *bed.Etcd
 	follows map[string]*stage.Follow
+	shakes  map[string]handshakes
 	front   *stage.Front
 }
 
@@ -68,7 +69,7 @@ func vocabulary() map[string]word {
 		"cluster": wordCluster, "meshd": wordMeshd, "etcd": wordEtcd, "join": wordJoin, "mesh": wordMesh, "kubectl": wordKubectl,
 		"workload": wordWorkload, "apply": wordApply, "call": wordCall, "share": wordShare, "load": wordLoad, "eventually": wordEventually,
 	}
-	for _, some := range []map[string]word{faultWords, trafficWords, machineWords, overlapWords, outageWords, hostileWords, replicaWords} {
+	for _, some := range []map[string]word{faultWords, trafficWords, machineWords, overlapWords, outageWords, hostileWords, replicaWords, rotationWords} {
 		maps.Copy(all, some)
 	}
 	return all
