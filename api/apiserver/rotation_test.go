@@ -125,6 +125,9 @@ func TestARootWaitsForEveryAgent(t *testing.T) {
 	if r := report.GetRotations()[0]; !slices.Equal(r.GetLeft(), []string{"east/shop/late"}) || r.GetDrains() == nil || r.GetDecisions()[0].GetActor() == "" {
 		t.Errorf("%v", r)
 	}
+	// Who has come since has it with the first certificate.
+	w.report(t, east, registry.Level{Workloads: map[string]*federation.Workload{"web": pod("web"), "late": pod("late"), "new": pod("new")}})
+	registrytest.Eventually(t, w.store, "the new pod", func(s *federation.Snapshot) bool { return len(s.Workloads) == 3 })
 	trusting(t, w, east, "late")
 	w.until(t, "trusted by all", func(r *api.AuthorityReport) bool { return stands(r) == "root drain-old; east 2 of 2" })
 	// Nothing is named where only one goes on.

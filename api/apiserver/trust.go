@@ -24,6 +24,9 @@ type trustHub struct {
 	mu    sync.Mutex
 	since map[*trustAgent]time.Time // when each last said something new
 	state map[*trustAgent]*api.TrustState
+
+	known    map[federation.WorkloadKey]bool // the workloads there were when this bundle was first seen
+	sequence uint64
 }
 
 // trustAgent is the open stream of one agent.
@@ -59,6 +62,19 @@ func (h *trustHub) list() []*api.TrustHolder {
 		out = append(out, &api.TrustHolder{Source: string(a.workload.Source), Uid: a.workload.UID, State: s, Since: stamp(h.since[a])})
 	}
 	return out
+}
+
+// waitedFor are the workloads that have to have a bundle.
+func (h *trustHub) waitedFor(sequence uint64, snapshot *federation.Snapshot) map[federation.WorkloadKey]bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.known == nil || h.sequence != sequence {
+		h.known, h.sequence = make(map[federation.WorkloadKey]bool, len(snapshot.Workloads)), sequence
+		for key := range snapshot.Workloads {
+			h.known[key] = true
+		}
+	}
+	return h.known
 }
 
 // Trust implements api.WorkloadsServer.
@@ -109,8 +125,9 @@ func (s *Server) ListTrust(context.Context, *api.ListTrustRequest) (*api.TrustLi
 	return &api.TrustList{ApiVersion: api.Version, Kind: "TrustList", Replica: s.cfg.Replica, Time: stamp(s.cfg.Clock()), Items: s.trust.list()}, nil
 }
 
-// Standing tells how far the workloads of all clusters and networks are with the present bundle. Each that is
-// known counts, connected or not.
+// Standing tells how far the workloads of all clusters and networks are with the present bundle. Each that was
+// known when the bundle was made counts, connected or not; who has come since has it with the first certificate,
+// and counts once connected. Otherwise there would always be one that is just starting.
 func (s *Server) Standing(ctx context.Context) ca.Standing {
 	bundle := s.cfg.Authority.Bundle()
 	now := s.cfg.Clock()
@@ -138,7 +155,11 @@ func (s *Server) Standing(ctx context.Context) ca.Standing {
 		}
 	}
 	snapshot, _ := s.cfg.Store.Snapshot()
+	known := s.trust.waitedFor(bundle.Sequence, snapshot)
 	for key, w := range snapshot.Workloads {
+		if held[key] == nil && !known[key] {
+			continue
+		}
 		out.Holders = append(out.Holders, holderOf(snapshot, key, w, held[key], bundle.Digest()))
 	}
 	slices.SortFunc(out.Holders, func(a, b ca.Holder) int { return cmp.Compare(a.Name, b.Name) })
