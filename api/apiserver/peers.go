@@ -13,7 +13,9 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/status"
 
 	"github.com/isthmus-mesh/isthmus/api"
 )
@@ -90,6 +92,21 @@ func (g *PeerGroup) clients() map[string]api.AdminClient {
 	return out
 }
 
+// anew gives a connection with the present certificate where an answer says that this one's is not accepted: a
+// connection keeps the certificate that it began with, which ends, or whose authority is replaced.
+func (g *PeerGroup) anew(address string, err error) api.AdminClient {
+	if status.Code(err) != codes.Unauthenticated {
+		return nil
+	}
+	g.mu.Lock()
+	if conn := g.conns[address]; conn != nil {
+		conn.Close()
+		delete(g.conns, address)
+	}
+	g.mu.Unlock()
+	return g.clients()[address]
+}
+
 // maxPeerAnswer bounds the list of another replica's proxies, in bytes.
 const maxPeerAnswer = 256 << 20
 
@@ -132,6 +149,9 @@ func askAll[A any](ctx context.Context, g *PeerGroup, limit time.Duration, what 
 	for address, client := range g.clients() {
 		waiting.Go(func() {
 			answer, err := call(ctx, client)
+			if again := g.anew(address, err); again != nil {
+				answer, err = call(ctx, again)
+			}
 			if err != nil {
 				g.cfg.Log.Warn("another replica does not answer", "address", address, "call", what, "error", err)
 			}

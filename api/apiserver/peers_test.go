@@ -10,6 +10,8 @@ import (
 
 	"github.com/isthmus-mesh/isthmus/api"
 	"github.com/isthmus-mesh/isthmus/api/apiserver"
+	"github.com/isthmus-mesh/isthmus/ca"
+	"github.com/isthmus-mesh/isthmus/ca/catest"
 	"github.com/isthmus-mesh/isthmus/federation"
 	"github.com/isthmus-mesh/isthmus/registry"
 )
@@ -54,5 +56,28 @@ func TestReplicasCompleteEachOther(t *testing.T) {
 	version, err := two.client.GetVersion(t.Context(), &api.GetVersionRequest{})
 	if err != nil || version.GetMembers()[0].GetKubernetes() != "v1.36.3" {
 		t.Errorf("version %v, %v", version, err)
+	}
+}
+
+// A connection between replicas lasts longer than the certificate with which it began.
+func TestReplicasGoOnWhenACertificateHasEnded(t *testing.T) {
+	t.Parallel()
+	clock := catest.NewClock()
+	one := newWorld(t)
+	one.ca = catest.New(t, func(c *ca.Config) { c.Clock = clock.Now })
+	server := newWorld(t, func(c *apiserver.Config) { c.Authority = one.ca.Authority })
+	serving := one.ca.Serving(t, "127.0.0.1")
+	peers := apiserver.NewPeerGroup(apiserver.PeerConfig{
+		Addresses: func() []string { return []string{server.address} },
+		Authority: server.ca.Authority, Certificate: func() *tls.Certificate { return &serving }, Log: slog.New(slog.DiscardHandler),
+	})
+	t.Cleanup(func() { peers.Close() })
+	if lists, missing := peers.Trust(t.Context()); len(lists) != 1 || len(missing) != 0 {
+		t.Fatalf("%d answers, without %v", len(lists), missing)
+	}
+	clock.Advance(25 * time.Hour)
+	serving = one.ca.Serving(t, "127.0.0.1")
+	if lists, missing := peers.Trust(t.Context()); len(lists) != 1 || len(missing) != 0 {
+		t.Errorf("after a day: %d answers, without %v", len(lists), missing)
 	}
 }
