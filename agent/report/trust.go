@@ -38,12 +38,13 @@ const trustAgain = 5 * time.Second
 // Talk talks to meshd on a connection that others use too, until ctx ends. A meshd that
 // does not know of this is left alone.
 func (t *Trust) Talk(ctx context.Context, conn grpc.ClientConnInterface) {
-	for {
+	for said := ""; ; {
 		err := t.talk(ctx, api.NewWorkloadsClient(conn))
 		if ctx.Err() != nil || status.Code(err) == codes.Unimplemented {
 			return
 		}
-		if t.Log != nil {
+		if reason := fmt.Sprint(err); reason != said && t.Log != nil {
+			said = reason
 			t.Log.Warn("roots are not kept current, trying again", "error", err)
 		}
 		select {
