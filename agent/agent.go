@@ -41,6 +41,7 @@ type Agent struct {
 
 	keeper  *identity.Keeper
 	relay   *relay.Relay
+	memory  *relay.Memory
 	secrets *sds.Server
 	names   *dns.Server // nil without DNS
 	process *envoy.Process
@@ -69,6 +70,7 @@ func New(c Config, log *slog.Logger) (*Agent, error) {
 	a := &Agent{config: c, log: log, metrics: prometheus.NewRegistry()}
 	a.keeper = a.newKeeper()
 	a.secrets = &sds.Server{Source: a.keeper, Log: log}
+	a.memory = &relay.Memory{Path: c.memoryPath(), Node: c.bootstrapConfig().NodeID() + "~" + c.Network, Log: log}
 	a.relay = &relay.Relay{
 		Servers:     c.servers,
 		Credentials: identity.Credentials(a.keeper),
@@ -76,6 +78,7 @@ func New(c Config, log *slog.Logger) (*Agent, error) {
 		Dial:        dialMeshd,
 		Expires:     a.expires,
 		Beside:      a.keepTrust,
+		Memory:      a.memory,
 		Log:         log,
 	}
 	if !c.NoDNS {
@@ -214,6 +217,7 @@ func (a *Agent) leave() {
 // serve starts everything but Envoy.
 func (a *Agent) serve(live context.Context, parts *errgroup.Group) {
 	parts.Go(func() error { return a.keeper.Run(live) })
+	parts.Go(func() error { return a.memory.Run(live) })
 	parts.Go(func() error { return a.serveSocket(live) })
 	parts.Go(func() error { return serveHTTP(live, a.listening.ready, a.status.ReadyHandler()) })
 	parts.Go(func() error { return serveHTTP(live, a.listening.status, a.status.Handler()) })
@@ -267,6 +271,7 @@ func (a *Agent) prepare(ctx context.Context) error {
 	if err := makeDirs(c); err != nil {
 		return err
 	}
+	a.memory.Load()
 	data, err := c.bootstrapConfig().JSON()
 	if err != nil {
 		return err

@@ -451,6 +451,41 @@ func TestARestartNeedsNoToken(t *testing.T) {
 	}
 }
 
+// While all of meshd is away, an agent that starts again serves what it had before, and
+// a meshd that is back is listened to.
+func TestARestartNeedsNoMeshd(t *testing.T) {
+	t.Parallel()
+	p := start(t, http.HandlerFunc(workload))
+	eventually(t, "ready", p.ready)
+	p.server.Stop()
+	p.end(t)
+	p.run(t)
+	eventually(t, "ready again", p.ready)
+	if _, err := p.call(t); err != nil {
+		t.Error(err)
+	}
+	code, body, err := get(p.url("/stats/prometheus"))
+	if err != nil || code != http.StatusOK || !strings.Contains(body, "isthmus_agent_configuration_remembered 1") || !strings.Contains(body, "isthmus_agent_dns_names 1") {
+		t.Errorf("metrics: %d, %v; want them to tell of remembered configuration and names", code, err)
+	}
+	l, err := net.Listen("tcp", p.address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before := len(p.seen())
+	p.serve(t, l)
+	eventually(t, "meshd is listened to", func() error {
+		streams := p.seen()
+		if len(streams) == before || streams[len(streams)-1].initial[listenerType] == nil {
+			return fmt.Errorf("streams %+v", streams[before:])
+		}
+		return nil
+	})
+	if err := p.ready(); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestAStrangeRootIsNotBelieved(t *testing.T) {
 	t.Parallel()
 	p := start(t, http.HandlerFunc(workload))

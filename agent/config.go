@@ -286,6 +286,7 @@ func (c *Config) readLabels() error {
 func (c *Config) socket() string        { return filepath.Join(c.RunDir, "agent.sock") }
 func (c *Config) bootstrapPath() string { return filepath.Join(c.RunDir, "envoy.json") }
 func (c *Config) pidFile() string       { return filepath.Join(c.RunDir, "envoy.pid") }
+func (c *Config) memoryPath() string    { return filepath.Join(c.StateDir, "configuration") }
 func (c *Config) identityPath() string  { return IdentityPath(c.StateDir) }
 
 // IdentityPath is the file of the certificate in a state folder.

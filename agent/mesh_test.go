@@ -44,6 +44,7 @@ type mesh struct {
 	token   string // a join token for web-1 in namespace legacy on network n1
 	address string
 	server  *grpc.Server
+	issuing *caserver.Server
 
 	mu        sync.Mutex
 	resources map[string]map[string]*anypb.Any
@@ -120,14 +121,21 @@ func newMesh(t *testing.T, l net.Listener) *mesh {
 	if err != nil {
 		t.Fatal(err)
 	}
+	m.issuing = issuing
+	m.serve(t, l)
+	return m
+}
+
+// serve begins to answer, at first or again.
+func (m *mesh) serve(t *testing.T, l net.Listener) {
+	t.Helper()
 	host, _, _ := net.SplitHostPort(m.address)
 	m.server = grpc.NewServer(grpc.Creds(credentials.NewTLS(m.ServerTLS(t, host))))
-	issuing.Register(m.server)
+	m.issuing.Register(m.server)
 	discoveryv3.RegisterAggregatedDiscoveryServiceServer(m.server, m)
 	api.RegisterWorkloadsServer(m.server, m)
 	go m.server.Serve(l)
 	t.Cleanup(m.server.Stop)
-	return m
 }
 
 // roots writes the root certificates to a file.

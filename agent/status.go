@@ -103,6 +103,12 @@ func (a *Agent) register() {
 		}
 		return 0
 	})
+	gauge("isthmus_agent_configuration_remembered", "1 while Envoy has the configuration of an earlier run, because no meshd answers.", func() float64 {
+		if a.relay.FromMemory() {
+			return 1
+		}
+		return 0
+	})
 	a.metrics.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{
 		Name: "isthmus_agent_envoy_restarts_total",
 		Help: "Times that Envoy died by itself and was started again.",

@@ -52,10 +52,15 @@ type Relay struct {
 	Expires func() (time.Time, <-chan struct{})
 	// Beside, if set, is run on each connection to meshd for as long as its stream lives.
 	Beside func(ctx context.Context, conn grpc.ClientConnInterface)
+	// Memory, if set, learns what Envoy accepts, and is what an Envoy without configuration
+	// gets while no meshd has answered for Patience, or 5 seconds if that is zero.
+	Memory   *Memory
+	Patience time.Duration
 	// Log gets connects, breaks and what Envoy refuses; nil discards.
 	Log *slog.Logger
 
 	connected  atomic.Int64
+	recalling  atomic.Int64 // streams that are answered from memory
 	configured atomic.Bool
 
 	mu   sync.Mutex
@@ -117,14 +122,17 @@ func (r *Relay) carry(envoy grpc.ServerStream, d dialect) error {
 	defer conn.Close()
 	stopReporting := r.reportStates(ctx, conn)
 	defer stopReporting()
-	meshd, err := conn.NewStream(ctx, &grpc.StreamDesc{ServerStreams: true, ClientStreams: true}, d.method, grpc.WaitForReady(true))
+	meshd, first, err := r.open(ctx, conn, envoy, d)
 	if err != nil {
 		return err
 	}
 	r.connected.Add(1)
 	defer r.connected.Add(-1)
 	r.Log.Info("discovery stream open", "server", r.Servers.String(), "address", addressOf(meshd.Context()))
-	one := &exchange{relay: r, dialect: d, envoy: envoy, meshd: meshd, begun: make(chan struct{})}
+	one := &exchange{relay: r, dialect: d, envoy: envoy, meshd: meshd, first: first, begun: make(chan struct{})}
+	if d.method == incremental.method {
+		one.lesson = r.Memory.learn()
+	}
 	ended := make(chan error, 2)
 	// Both end soon after this handler: cancel unblocks the side of meshd, and
 	// returning unblocks the side of Envoy.
@@ -168,6 +176,8 @@ type exchange struct {
 	dialect dialect
 	envoy   grpc.ServerStream
 	meshd   grpc.ClientStream
+	first   *frame  // of Envoy's, if it was read already
+	lesson  *lesson // nil without a memory
 
 	sending sync.Mutex    // guards meshd.SendMsg, which has three callers
 	asked   bool          // listeners were asked for; only requests() uses it
@@ -177,8 +187,8 @@ type exchange struct {
 // requests carries Envoy's messages up.
 func (x *exchange) requests() error {
 	for {
-		var f frame
-		if err := x.envoy.RecvMsg(&f); err != nil {
+		f, err := x.next()
+		if err != nil {
 			if errors.Is(err, io.EOF) {
 				x.sending.Lock()
 				defer x.sending.Unlock()
@@ -190,7 +200,8 @@ func (x *exchange) requests() error {
 		if err != nil {
 			return status.Error(codes.InvalidArgument, err.Error())
 		}
-		if err := x.send(&f); err != nil {
+		x.lesson.request(string(kind), f.data)
+		if err := x.send(f); err != nil {
 			return err
 		}
 		x.note(string(kind), f.data)
@@ -202,10 +213,30 @@ func (x *exchange) requests() error {
 		if x.relay.Names == nil {
 			continue
 		}
-		if err := x.sendMessage(x.dialect.subscribe(x.relay.heldNames())); err != nil {
+		if err := x.askNames(); err != nil {
 			return err
 		}
 	}
+}
+
+// next is Envoy's next message.
+func (x *exchange) next() (*frame, error) {
+	if f := x.first; f != nil {
+		x.first = nil
+		return f, nil
+	}
+	f := new(frame)
+	return f, x.envoy.RecvMsg(f)
+}
+
+// askNames subscribes to the name table.
+func (x *exchange) askNames() error {
+	data, err := proto.Marshal(x.dialect.subscribe(x.relay.heldNames()))
+	if err != nil {
+		return err
+	}
+	x.lesson.request(NameTableType, data)
+	return x.send(&frame{data: data})
 }
 
 // expiresKey is the metadata in which meshd is told when the certificate ends.
@@ -247,6 +278,7 @@ func (x *exchange) note(kind string, data []byte) {
 	if err != nil {
 		return
 	}
+	x.lesson.judged(string(nonce), refusal == nil)
 	if refusal == nil {
 		if kind == listenerType {
 			x.relay.configured.Store(true)
@@ -271,6 +303,7 @@ func (x *exchange) responses() error {
 		if err != nil {
 			return err
 		}
+		x.lesson.response(string(kind), f.data)
 		if string(kind) != NameTableType {
 			if err := x.envoy.SendMsg(&f); err != nil {
 				return err
@@ -291,6 +324,7 @@ func (x *exchange) names(data []byte) error {
 		return x.sendMessage(x.dialect.confirm(answer, fmt.Errorf("name table: %w", err)))
 	}
 	x.relay.take(answer)
+	x.lesson.judged(answer.nonce, true)
 	return x.sendMessage(x.dialect.confirm(answer, nil))
 }
 

@@ -533,7 +533,7 @@ uninstall() {
 	rm -f "$LOG"
 	rm -rf "$RUN" "$RUN-workload"
 	# Key and certificate are ours whatever the manifest says.
-	rm -f "$STATE"/identity.pem "$STATE"/identity.pem.key "$STATE"/manifest
+	rm -f "$STATE"/identity.pem "$STATE"/identity.pem.key "$STATE"/configuration "$STATE"/manifest
 	while read -r what path; do
 		[ "$what" = dir ] || continue
 		say "  remove folder $path"
