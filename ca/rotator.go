@@ -256,6 +256,8 @@ func (a *Authority) clocked(s Standing, now time.Time) Standing {
 
 // rewrite changes the newest record of a scope in one transaction, and again if somebody was faster.
 func (a *Authority) rewrite(ctx context.Context, scope string, term *Term, change func(record, time.Time) (record, string, error)) error {
+	ctx, cancel := context.WithTimeout(ctx, refreshEvery/3) // issuing may wait for the lock
+	defer cancel()
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	for {
