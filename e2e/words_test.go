@@ -47,7 +47,7 @@ const stageKey = key("stage")
 //	     [version=V] [set=S: a label] [grace=DURATION: it serves on after SIGTERM]
 //	apply CLUSTER FILE [inject]
 //	call CLUSTER NS/APP URL [n=N] [want=CLUSTER] [some=CLUSTER] [FLAG…]
-//	eventually WORD…                       repeat a word until it succeeds
+//	eventually WORD… [within=DURATION]     repeat a word until it succeeds
 //	share CLUSTER MIN MAX                  share of the last call's answers
 //	load start NAME CLUSTER NS/APP URL [rate=N] [FLAG…];  load stop NAME;  load cut NAME: it ended by itself, by a failure
 //	unready, ready CLUSTER NS/APP [pods=N] their processes go on answering
@@ -428,9 +428,15 @@ func wordEventually(ctx context.Context, s *scene) error {
 	if err != nil {
 		return err
 	}
+	patience := stage.Patience
+	if text, ok := s.opts["within"]; ok {
+		if patience, err = time.ParseDuration(text); err != nil {
+			return fmt.Errorf("within=%s: %w", text, err)
+		}
+	}
 	inner := *s
 	inner.verb, inner.args = args[0], args[1:]
-	took, err := stage.Until(ctx, stage.Patience, func() error {
+	took, err := stage.Until(ctx, patience, func() error {
 		err := w(ctx, &inner)
 		switch {
 		case neg && err == nil:
