@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/protobuf/types/known/durationpb"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 
@@ -218,6 +219,17 @@ func (s *session) cleanMember(ctx context.Context, c *connection, p *steps, clus
 	}
 	step := p.begin("clean", "deleting objects from "+name)
 	removed := 0
+	for _, bundle := range kube.TrustBundles() {
+		// Where the kind is not served there is none; who may not delete it may not know whether it is.
+		ok, err := m.remove(ctx, bundle)
+		if err != nil && !apierrors.IsForbidden(err) {
+			step.fail(api.LeftBehind, "%s deleted from %s", noun(removed, "object"), name)
+			return m.failure("cannot delete "+bundle.GetKind()+" "+bundle.GetName(), err)
+		}
+		if ok {
+			removed++
+		}
+	}
 	for i := len(objects) - 1; i >= 0; i-- {
 		ok, err := m.remove(ctx, objects[i])
 		if err != nil {

@@ -36,10 +36,13 @@ var readerOwnRules = []Rule{
 }
 
 // writerRules are what meshd's writer may do in the whole cluster: keep one ConfigMap in
-// each namespace with injected pods. Names cannot limit create.
+// each namespace with injected pods, and one bundle of the whole cluster. Names cannot
+// limit create.
 var writerRules = []Rule{
 	{[]string{""}, []string{"configmaps"}, nil, []string{"create"}, "make the ConfigMap of the mesh's roots in injected namespaces"},
 	{[]string{""}, []string{"configmaps"}, []string{RootConfigMap}, []string{"get", "update", "patch"}, "keep that ConfigMap current"},
+	{[]string{"certificates.k8s.io"}, []string{"clustertrustbundles"}, nil, []string{"create"}, "make the ClusterTrustBundle of the mesh's roots, where the cluster serves that kind"},
+	{[]string{"certificates.k8s.io"}, []string{"clustertrustbundles"}, []string{RootTrustBundle}, []string{"get", "update"}, "keep it current"},
 }
 
 // writerOwnRules are what the writer may do in the namespace of the mesh.

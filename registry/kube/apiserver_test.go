@@ -136,7 +136,8 @@ func (c *cluster) start() {
 		"--service-account-issuer=https://kubernetes.default.svc.cluster.local", "--api-audiences=https://kubernetes.default.svc.cluster.local",
 		"--service-account-signing-key-file="+c.keys[0],
 		"--endpoint-reconciler-type=none", "--disable-admission-plugins=ServiceAccount", "--allow-privileged=true",
-		"--enable-priority-and-fairness=false")
+		"--enable-priority-and-fairness=false",
+		"--runtime-config=certificates.k8s.io/v1beta1/clustertrustbundles=true", "--feature-gates=ClusterTrustBundle=true")
 	for _, file := range c.keys {
 		cmd.Args = append(cmd.Args, "--service-account-key-file="+file)
 	}
@@ -180,6 +181,7 @@ var kinds = map[string]schema.GroupVersionResource{
 	"Role":                     {Group: "rbac.authorization.k8s.io", Version: "v1", Resource: "roles"},
 	"RoleBinding":              {Group: "rbac.authorization.k8s.io", Version: "v1", Resource: "rolebindings"},
 	"CustomResourceDefinition": {Group: "apiextensions.k8s.io", Version: "v1", Resource: "customresourcedefinitions"},
+	"ClusterTrustBundle":       {Group: "certificates.k8s.io", Version: "v1beta1", Resource: "clustertrustbundles"},
 	"VirtualService":           {Group: "networking.istio.io", Version: "v1", Resource: "virtualservices"},
 }
 

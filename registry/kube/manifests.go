@@ -19,6 +19,8 @@ const (
 	WriterAccount = "isthmus-writer"
 	GatewayName   = "isthmus-eastwestgateway"
 	RootConfigMap = "isthmus-ca-root-cert"
+	// RootTrustBundle is a ClusterTrustBundle, where the cluster serves that kind.
+	RootTrustBundle = RootConfigMap
 
 	// FieldManager of everything that is applied.
 	FieldManager = "isthmus"
@@ -96,7 +98,7 @@ type fields = map[string]any
 func object(apiVersion, kind, name string, content fields) *unstructured.Unstructured {
 	meta := fields{"name": name, "labels": fields{managedByLabel: "isthmus", partOfLabel: "isthmus"}}
 	switch kind {
-	case "Namespace", "ClusterRole", "ClusterRoleBinding":
+	case "Namespace", "ClusterRole", "ClusterRoleBinding", "ClusterTrustBundle":
 	default:
 		meta["namespace"] = Namespace
 	}

@@ -77,7 +77,7 @@ func memberTables(t *testing.T) string {
 		wide, own   []Rule
 	}{
 		{ReaderAccount, "reads the cluster for meshd", readerRules, readerOwnRules},
-		{WriterAccount, "keeps one ConfigMap per injected namespace", writerRules, writerOwnRules},
+		{WriterAccount, "keeps the mesh's roots current", writerRules, writerOwnRules},
 	} {
 		fmt.Fprintf(&b, "\n## %s: %s\n\n| where | API group | resource | name | verbs | why |\n|---|---|---|---|---|---|\n", account.name, account.title)
 		writeRules(&b, "cluster", account.wide)

@@ -155,6 +155,7 @@ func (s *Source) Run(ctx context.Context, sink registry.Sink) error {
 	wg.Go(func() { r.discover(ctx, &wg) })
 	if s.config.Roots != nil {
 		wg.Go(func() { r.keepRoots(ctx) })
+		wg.Go(func() { r.keepTrustBundle(ctx) })
 	}
 	r.offer(ctx)
 	return nil

@@ -15,6 +15,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -26,6 +27,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/intstr"
 
+	"github.com/isthmus-mesh/isthmus/ca/catest"
 	"github.com/isthmus-mesh/isthmus/federation"
 	"github.com/isthmus-mesh/isthmus/registry"
 	"github.com/isthmus-mesh/isthmus/registry/etcd"
@@ -50,12 +52,15 @@ type bed struct {
 	runner *registry.Runner
 	member *registry.Member
 	config kube.SourceConfig
+	roots  atomic.Pointer[[]byte]
 }
 
 // joined starts a cluster and joins it as `mesh join cluster` does.
 func joined(t *testing.T) *bed {
 	t.Helper()
 	b := &bed{cluster: startCluster(t)}
+	roots := catest.New(t).Bundle().PEM()
+	b.roots.Store(&roots)
 	o := options()
 	o.ClusterID = b.uid("kube-system")
 	objects, err := kube.Manifests(o)
@@ -234,7 +239,7 @@ func TestSource(t *testing.T) {
 	t.Parallel()
 	b := joined(t)
 	uid := b.shop(t)
-	stop := b.sync(t, func(c *kube.SourceConfig) { c.Roots = func() []byte { return []byte("roots, first edition\n") } })
+	stop := b.sync(t, func(c *kube.SourceConfig) { c.Roots = func() []byte { return *b.roots.Load() } })
 
 	s := b.sees(t, "the service is there with its endpoint", func(s *federation.Snapshot) bool {
 		r := b.record(s, "shop", "cart")
@@ -283,6 +288,7 @@ func TestSource(t *testing.T) {
 		}
 	})
 	t.Run("injected namespaces get the roots", func(t *testing.T) { rootsAreKept(t, b) })
+	t.Run("the cluster gets them too, where it serves the kind", func(t *testing.T) { trustBundleIsKept(t, b) })
 	t.Run("kinds that are installed later are found", func(t *testing.T) { kindsAreFound(t, b) })
 	t.Run("hostile objects do no harm", func(t *testing.T) { hostile(t, b) })
 	t.Run("gateways", func(t *testing.T) { gateways(t, b) })
@@ -354,12 +360,29 @@ func rootsAreKept(t *testing.T, b *bed) {
 				return false
 			}
 			v, _, _ := unstructured.NestedString(u.Object, "data", "root-cert.pem")
-			return v == "roots, first edition\n"
+			return v == string(*b.roots.Load())
 		})
 	}
 	if _, err := b.resource("ConfigMap", "default").Get(t.Context(), kube.RootConfigMap, metav1.GetOptions{}); err == nil {
 		t.Error("a namespace without injected pods has the roots")
 	}
+}
+
+// trustBundleIsKept in a cluster that serves the kind: made, and brought back and up to date.
+func trustBundleIsKept(t *testing.T, b *bed) {
+	bundle := b.resource("ClusterTrustBundle", "")
+	is := func() bool {
+		u, err := bundle.Get(t.Context(), kube.RootTrustBundle, metav1.GetOptions{})
+		if err != nil {
+			return false
+		}
+		v, _, _ := unstructured.NestedString(u.Object, "spec", "trustBundle")
+		return v == string(*b.roots.Load())
+	}
+	b.eventually(t, "the cluster has the roots", is)
+	both := slices.Concat(*b.roots.Load(), catest.New(t).Bundle().PEM())
+	b.roots.Store(&both)
+	b.eventually(t, "the cluster has both roots", is)
 }
 
 func kindsAreFound(t *testing.T, b *bed) {
