@@ -35,7 +35,7 @@ func TestMetricsAreDocumented(t *testing.T) {
 	streams := xdsserver.New(xdsserver.Config{Source: pipeline, Log: slog.New(slog.DiscardHandler)})
 	runner := registry.NewRunner(registry.RunnerConfig{Store: store})
 	known := map[string]bool{}
-	for _, c := range []prometheus.Collector{store, pipeline, streams, runner, buildInfo()} {
+	for _, c := range []prometheus.Collector{store, pipeline, streams, xdsserver.NewGate(xdsserver.Limits{}), runner, buildInfo()} {
 		descriptions := make(chan *prometheus.Desc)
 		go func() { defer close(descriptions); c.Describe(descriptions) }()
 		for d := range descriptions {

@@ -38,10 +38,11 @@ func (d *daemon) wireProxies(context.Context) error {
 	d.run("pipeline", d.pipeline.Run)
 	d.run("snapshots", d.follow)
 
+	d.gate = xdsserver.NewGate(xdsserver.Limits{})
 	d.streams = xdsserver.New(xdsserver.Config{
-		Source: d.pipeline, Authenticate: d.authenticate, Identifier: d.replica, Log: d.log.With("component", "xds"),
+		Source: d.pipeline, Authenticate: d.authenticate, Gate: d.gate, Identifier: d.replica, Log: d.log.With("component", "xds"),
 	})
-	d.metrics.MustRegister(d.streams, d.pipeline)
+	d.metrics.MustRegister(d.streams, d.pipeline, d.gate)
 	d.ready.add("configuration", func() error {
 		if !d.pipeline.Synced() {
 			return errors.New("the first snapshot has not been computed yet")
@@ -53,7 +54,7 @@ func (d *daemon) wireProxies(context.Context) error {
 	if err != nil {
 		return err
 	}
-	options := append(xdsserver.Options(), grpc.Creds(credentials.NewTLS(d.serving.TLS("h2"))), grpc.ConnectionTimeout(5*time.Second))
+	options := append(xdsserver.Options(), grpc.Creds(d.gate.Credentials(credentials.NewTLS(d.serving.TLS("h2")))), grpc.ConnectionTimeout(5*time.Second))
 	d.mesh = grpc.NewServer(options...)
 	d.streams.Register(d.mesh)
 	certificates.Register(d.mesh)

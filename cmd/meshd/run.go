@@ -52,6 +52,7 @@ type daemon struct {
 	runner    *registry.Runner
 	pipeline  *xdsserver.Pipeline
 	stale     *staleness
+	gate      *xdsserver.Gate
 	streams   *xdsserver.Server
 	peers     *apiserver.PeerGroup
 	admin     *apiserver.Server
@@ -190,7 +191,7 @@ func (d *daemon) listen(ctx context.Context) error {
 		return errors.Join(fmt.Errorf("--listen-admin: %w", err), mesh.Close())
 	}
 	context.AfterFunc(ctx, d.mesh.Stop)
-	d.run("proxies' port", func(context.Context) error { return d.mesh.Serve(mesh) })
+	d.run("proxies' port", func(context.Context) error { return d.mesh.Serve(d.gate.Listener(mesh)) })
 	d.run("admin port", func(ctx context.Context) error { return d.admin.Serve(ctx, admin, d.serving.TLS("h2", "http/1.1")) })
 	d.run("replica", d.announce)
 	return nil
@@ -203,15 +204,27 @@ func (d *daemon) drain() {
 	draining := errors.New("draining")
 	d.ready.add("draining", func() error { return draining })
 	<-time.After(time.Duration(d.config.DrainDelay))
-	ctx, cancel := context.WithTimeout(context.Background(), drainDuration)
+	spread := drainSpread(d.streams.Streams())
+	ctx, cancel := context.WithTimeout(context.Background(), spread+drainMargin)
 	defer cancel()
-	if err := d.streams.Drain(ctx, drainDuration/2); err != nil {
+	if err := d.streams.Drain(ctx, spread); err != nil {
 		d.log.Warn("not all proxies have moved", "err", err)
 	}
 }
 
-// drainDuration is how long closing the streams of proxies is spread over at most.
-const drainDuration = 5 * time.Second
+// How long streams are closed: so many at a time that the other replicas can take them in
+// as they come, but not so long that whoever stops meshd loses patience.
+const (
+	drainPerStream = 2 * time.Millisecond
+	drainAtLeast   = 2500 * time.Millisecond
+	drainAtMost    = 20 * time.Second
+	drainMargin    = 2500 * time.Millisecond // for the last ones to go
+)
+
+// drainSpread is what closing so many streams is spread over.
+func drainSpread(streams int) time.Duration {
+	return min(max(drainAtLeast, time.Duration(streams)*drainPerStream), drainAtMost)
+}
 
 // close ends what has no loop, last opened first.
 func (d *daemon) close() error {

@@ -3,20 +3,16 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
-	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"io"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -47,9 +43,7 @@ func playAuthority(ctx context.Context, b *bench) error {
 
 // authorityClient is who asks the service.
 type authorityClient struct {
-	cmd    *exec.Cmd
-	orders io.WriteCloser
-	done   *json.Decoder
+	*child
 	access authorityAccess
 	tls    []*tls.Config // one for each workload
 	csr    string
@@ -58,25 +52,12 @@ type authorityClient struct {
 }
 
 func startAuthority(ctx context.Context, dir string) (*authorityClient, error) {
-	self, err := os.Executable()
+	c, err := newChild(ctx, authoritySwitch, dir)
 	if err != nil {
 		return nil, err
 	}
-	a := &authorityClient{cmd: exec.CommandContext(ctx, self)}
-	a.cmd.Env = append(os.Environ(), authoritySwitch+"="+dir)
-	a.cmd.Stderr = os.Stderr
-	if a.orders, err = a.cmd.StdinPipe(); err != nil {
-		return nil, err
-	}
-	out, err := a.cmd.StdoutPipe()
-	if err != nil {
-		return nil, err
-	}
-	a.done = json.NewDecoder(bufio.NewReader(out))
-	if err := a.cmd.Start(); err != nil {
-		return nil, err
-	}
-	if err := a.done.Decode(&a.access); err != nil {
+	a := &authorityClient{child: c}
+	if err := a.out.Decode(&a.access); err != nil {
 		return nil, errors.Join(err, a.stop())
 	}
 	if err := a.prepare(); err != nil {
@@ -116,18 +97,15 @@ func (a *authorityClient) stop() error {
 	if a.conn != nil {
 		a.conn.Close()
 	}
-	return errors.Join(a.orders.Close(), a.cmd.Wait())
+	return a.child.stop()
 }
 
 // order has the service do something in process.
 func (a *authorityClient) order(what string, times int) error {
-	if _, err := fmt.Fprintf(a.orders, "{\"do\":%q,\"times\":%d}\n", what, times); err != nil {
-		return err
-	}
 	var answer struct {
 		Writes int64 `json:"writes"`
 	}
-	err := a.done.Decode(&answer)
+	err := a.child.ask(fmt.Sprintf("{\"do\":%q,\"times\":%d}", what, times), &answer)
 	a.writes = answer.Writes
 	return err
 }

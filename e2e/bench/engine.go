@@ -3,7 +3,6 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -14,11 +13,8 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
-	"io"
 	"math/big"
 	"net"
-	"os"
-	"os/exec"
 	"path/filepath"
 	"time"
 )
@@ -192,31 +188,16 @@ func (b *bench) loneFlaps(ctx context.Context, ours *measuredSubject) error {
 type measuredSubject struct {
 	role  string
 	crowd *crowd
-	cmd   *exec.Cmd
-	in    io.WriteCloser
-	out   *json.Decoder
+	*child
 }
 
 // subject starts a server.
 func (b *bench) subject(ctx context.Context, role string, config subjectConfig, c certificates) (*measuredSubject, error) {
-	self, err := os.Executable()
+	process, err := newChild(ctx, subjectRole, role)
 	if err != nil {
 		return nil, err
 	}
-	s := &measuredSubject{role: role, cmd: exec.CommandContext(ctx, self)}
-	s.cmd.Env = append(os.Environ(), subjectRole+"="+role)
-	s.cmd.Stderr = os.Stderr
-	if s.in, err = s.cmd.StdinPipe(); err != nil {
-		return nil, err
-	}
-	out, err := s.cmd.StdoutPipe()
-	if err != nil {
-		return nil, err
-	}
-	s.out = json.NewDecoder(bufio.NewReader(out))
-	if err := s.cmd.Start(); err != nil {
-		return nil, err
-	}
+	s := &measuredSubject{role: role, child: process}
 	if err := json.NewEncoder(s.in).Encode(config); err != nil {
 		return nil, err
 	}
@@ -233,15 +214,11 @@ func (b *bench) subject(ctx context.Context, role string, config subjectConfig, 
 
 func (s *measuredSubject) close() {
 	s.crowd.close()
-	s.in.Close()
-	_ = s.cmd.Wait()
+	_ = s.stop()
 }
 
 func (s *measuredSubject) order(what string) (u spent, err error) {
-	if _, err := fmt.Fprintln(s.in, what); err != nil {
-		return u, err
-	}
-	return u, s.out.Decode(&u)
+	return u, s.ask(what, &u)
 }
 
 // flap tells everybody of one endpoint, and returns what that cost once all have answered.

@@ -33,20 +33,28 @@ type crowd struct {
 	hello   subjectHello
 	last    int // index of the lone proxy; -1 if there is none
 
+	together int                          // how many connect at once
+	only     string                       // the one type that is asked for; empty for all
+	kept     map[string]map[string]string // what proxies come back with: versions by type and name
+
 	proxies  []*simulated
 	messages atomic.Int64
 	bytes    atomic.Int64
 	latest   atomic.Int64 // when a message came last, in Unix nanoseconds
 	lost     atomic.Pointer[error]
+	heard    atomic.Pointer[func(name string, at time.Time)] // called for each endpoint resource
 
 	mu      sync.Mutex
-	capture []byte // the last endpoint response
+	capture []byte                       // the last endpoint response
+	learnt  map[string]map[string]string // versions that the first proxy got, by type and name
 }
 
 // simulated is one of them.
 type simulated struct {
 	crowd *crowd
 	lone  bool
+	slow  atomic.Bool // does not answer for now, and is not counted
+	picky atomic.Bool // refuses what it gets
 	conn  *tls.Conn
 	asked map[string]bool
 
@@ -56,7 +64,7 @@ type simulated struct {
 // connect brings n proxies up, some at a time. Those that ask get their first answers.
 func (c *crowd) connect(ctx context.Context, n int, ask bool) error {
 	group, ctx := errgroup.WithContext(ctx)
-	group.SetLimit(16)
+	group.SetLimit(max(16, c.together))
 	first := len(c.proxies)
 	c.proxies = append(c.proxies, make([]*simulated, n)...)
 	for i := first; i < first+n; i++ {
@@ -66,10 +74,15 @@ func (c *crowd) connect(ctx context.Context, n int, ask bool) error {
 			if err := p.open(ctx, i); err != nil {
 				return fmt.Errorf("proxy %d: %w", i, err)
 			}
-			if ask {
-				return p.ask(xds.ClusterType, i)
+			switch {
+			case !ask:
+				return nil
+			case c.kept != nil:
+				return p.comeBack(i)
+			case c.only != "":
+				return p.ask(c.only, i)
 			}
-			return nil
+			return p.ask(xds.ClusterType, i)
 		})
 	}
 	return group.Wait()
@@ -140,19 +153,35 @@ func (p *simulated) open(ctx context.Context, i int) error {
 func (p *simulated) ask(typeURL string, i int) error {
 	p.asked[typeURL] = true
 	r := &discoveryv3.DeltaDiscoveryRequest{TypeUrl: typeURL}
-	if typeURL == xds.ClusterType {
+	if len(p.asked) == 1 {
 		r.Node = &corev3.Node{Id: fmt.Sprintf("sidecar~10.0.0.1~app-%d.app~app.svc.cluster.local", i)}
 	}
 	names := p.crowd.hello.Names
 	if p.lone {
 		names = p.crowd.hello.LoneNames
 	}
-	r.ResourceNamesSubscribe = names[typeURL]
+	r.ResourceNamesSubscribe, r.InitialResourceVersions = names[typeURL], p.crowd.kept[typeURL]
+	if typeURL == probeType {
+		r.ResourceNamesSubscribe = []string{"x"}
+	}
 	body, err := proto.Marshal(r)
 	if err != nil {
 		return err
 	}
 	return p.send(dataFrame(body))
+}
+
+// probeType is a type that there is nothing of. It is answered when all else has been.
+const probeType = "type.googleapis.com/envoy.bench.Probe"
+
+// comeBack asks for everything at once, as who was connected before.
+func (p *simulated) comeBack(i int) error {
+	for _, typeURL := range []string{xds.ClusterType, xds.EndpointType, xds.ListenerType, xds.RouteType, probeType} {
+		if err := p.ask(typeURL, i); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (p *simulated) send(b []byte) error {
@@ -217,6 +246,12 @@ func (p *simulated) hear(message []byte, i int) error {
 	}
 	ack := protowire.AppendBytes(protowire.AppendTag(nil, 2, protowire.BytesType), typeURL)
 	ack = protowire.AppendBytes(protowire.AppendTag(ack, 6, protowire.BytesType), nonce)
+	if p.slow.Load() {
+		return nil
+	}
+	if p.picky.Load() {
+		ack = protowire.AppendBytes(protowire.AppendTag(ack, 7, protowire.BytesType), []byte("\x12\x02no")) // google.rpc.Status.message
+	}
 	if err := p.send(dataFrame(ack)); err != nil {
 		return err
 	}
@@ -227,7 +262,13 @@ func (p *simulated) hear(message []byte, i int) error {
 	if kind == xds.EndpointType {
 		p.crowd.keep(message)
 	}
+	if i == 0 || p.crowd.heard.Load() != nil && kind == xds.EndpointType {
+		p.crowd.look(message, kind, i == 0)
+	}
 	p.crowd.messages.Add(1)
+	if p.crowd.only != "" || p.crowd.kept != nil {
+		return nil
+	}
 	if next := follow[kind]; next != "" && !p.asked[next] && p.asked[kind] {
 		return p.ask(next, i)
 	}
@@ -238,6 +279,56 @@ func (c *crowd) keep(message []byte) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.capture = append(c.capture[:0], message...)
+}
+
+// look reads names and versions of the resources in a response.
+func (c *crowd) look(message []byte, kind string, learn bool) {
+	now := time.Now()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for len(message) > 0 {
+		number, _, n := protowire.ConsumeTag(message)
+		size := protowire.ConsumeFieldValue(number, protowire.BytesType, message[n:])
+		if size < 0 {
+			return
+		}
+		if number == 2 {
+			resource, _ := protowire.ConsumeBytes(message[n:])
+			name, version := identity(resource)
+			if learn {
+				if c.learnt == nil {
+					c.learnt = map[string]map[string]string{}
+				}
+				if c.learnt[kind] == nil {
+					c.learnt[kind] = map[string]string{}
+				}
+				c.learnt[kind][name] = version
+			}
+			if heard := c.heard.Load(); heard != nil {
+				(*heard)(name, now)
+			}
+		}
+		message = message[n+size:]
+	}
+}
+
+// identity is the name and the version of an encoded resource.
+func identity(resource []byte) (name, version string) {
+	for len(resource) > 0 {
+		number, _, n := protowire.ConsumeTag(resource)
+		value, size := protowire.ConsumeBytes(resource[n:])
+		if size < 0 {
+			return "", ""
+		}
+		switch number {
+		case 1:
+			version = string(value)
+		case 3:
+			name = string(value)
+		}
+		resource = resource[n+size:]
+	}
+	return name, version
 }
 
 // envelope finds type and nonce of an incremental response without decoding its resources.

@@ -17,6 +17,7 @@ import (
 	"runtime"
 	"runtime/debug"
 	"runtime/pprof"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -41,6 +42,8 @@ const (
 	subjectOurs  = "ours"  // an xds-only meshd
 	subjectGRPC  = "grpc"  // grpc-go, tuned alike, sending the same bytes with no engine
 	subjectFloor = "floor" // TLS, writing the same bytes
+
+	subjectLinear = "linear" // go-control-plane's LinearCache of the same endpoints
 )
 
 // subjectConfig is what a subject is given on its first line.
@@ -71,7 +74,7 @@ type spent struct {
 // subject is one server.
 type subject interface {
 	start(subjectConfig, *tls.Config, net.Listener) (subjectHello, error)
-	flap(all bool)
+	flap(service int) // the lone one if it is negative
 	woken() float64
 }
 
@@ -86,7 +89,7 @@ func serveSubject(role string) error {
 	if err := json.Unmarshal(line, &config); err != nil {
 		return err
 	}
-	s := map[string]subject{subjectOurs: &ours{}, subjectGRPC: &bare{}, subjectFloor: &floor{}}[role]
+	s := map[string]subject{subjectOurs: &ours{}, subjectGRPC: &bare{}, subjectFloor: &floor{}, subjectLinear: &linear{}}[role]
 	if s == nil {
 		return fmt.Errorf("there is no subject %q", role)
 	}
@@ -125,14 +128,23 @@ func serveSubject(role string) error {
 			}
 		}
 		var answer spent
+		if service, ok := strings.CutPrefix(strings.TrimSpace(order), "flap "); ok {
+			i, err := strconv.Atoi(service)
+			if err != nil {
+				return err
+			}
+			s.flap(i)
+			order = ""
+		}
 		switch strings.TrimSpace(order) {
 		case "all":
-			s.flap(true)
+			s.flap(0)
 		case "one":
-			s.flap(false)
+			s.flap(-1)
 		case "settle":
 			debug.FreeOSMemory()
 			answer = measured(s)
+		case "":
 		default:
 			answer = measured(s)
 		}
@@ -194,10 +206,11 @@ func (o *ours) start(c subjectConfig, t *tls.Config, l net.Listener) (hello subj
 	if hello.LoneNames, err = o.names(o.world.Proxies); err != nil {
 		return hello, err
 	}
-	server := xdsserver.New(xdsserver.Config{Source: o.pipeline, Authenticate: o.who})
-	g := grpc.NewServer(append(xdsserver.Options(), grpc.Creds(credentials.NewTLS(t)))...)
+	gate := xdsserver.NewGate(xdsserver.Limits{})
+	server := xdsserver.New(xdsserver.Config{Source: o.pipeline, Authenticate: o.who, Gate: gate})
+	g := grpc.NewServer(append(xdsserver.Options(), grpc.Creds(gate.Credentials(credentials.NewTLS(t))))...)
 	server.Register(g)
-	go func() { _ = g.Serve(l) }()
+	go func() { _ = g.Serve(gate.Listener(l)) }()
 	return hello, nil
 }
 
@@ -234,10 +247,10 @@ func (o *ours) names(i int) (map[string][]string, error) {
 	return out, nil
 }
 
-func (o *ours) flap(all bool) {
+func (o *ours) flap(service int) {
 	name := loneService
-	if all {
-		name = engineService(0)
+	if service >= 0 {
+		name = engineService(service)
 	}
 	o.pipeline.Update(o.world.flap(name))
 }
@@ -293,7 +306,7 @@ func (b *bare) handle(_ any, s grpc.ServerStream) error {
 	}
 }
 
-func (b *bare) flap(bool) {
+func (b *bare) flap(int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	m := rawMessage{b.message}
@@ -353,7 +366,7 @@ func (f *floor) read(conn net.Conn) {
 	}
 }
 
-func (f *floor) flap(bool) {
+func (f *floor) flap(int) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for conn := range f.conns {

@@ -60,6 +60,11 @@ func scenes() []scene {
 			{"flap-vs-grpc", "ratio", 1.25}, {"flap-vs-floor", "ratio", 2.6}, {"allocs-per-push", "allocations", none},
 			{"unconcerned-us", "µs", 150}, {"cold-cpu-ms-per-proxy", "ms", 3}, {"memory-kb-per-proxy", "KiB", 64},
 		}, 10 * time.Minute, playEngine, true},
+		{"reconnect", []figure{{"reconnect-cpu-ms-per-proxy", "ms", 1.5}, {"reconnect-last-s", "s", 30}}, 2 * time.Minute, playReconnect, true},
+		{"growth", []figure{{"flap-growth-services", "ratio", 1.1}}, 3 * time.Minute, playGrowth, true},
+		{"linear", []figure{{"flap-vs-linearcache-100", "ratio", .25}, {"flap-vs-linearcache-500", "ratio", .067}}, 2 * time.Minute, playLinear, true},
+		{"slow", []figure{{"slow-readers-p99-ratio", "ratio", 1.2}}, 2 * time.Minute, playSlow, true},
+		{"churn", []figure{{"churn-cpu-s", "s", 2.5}, {"churn-p99-ms", "ms", 250}}, 2 * time.Minute, playChurn, true},
 		{"authority", []figure{
 			{"issue-vs-bare", "ratio", 1.33}, {"issue-grpc-vs-bare", "ratio", 1.8}, {"issue-connect-vs-sum", "ratio", 1.35},
 			{"etcd-writes-per-leaf", "writes", none},

@@ -66,6 +66,9 @@ type Config struct {
 	// Patience is how long a stream waits for the record of its workload; zero means 20 s.
 	Patience time.Duration
 
+	// Gate holds back who comes; nil lets everybody in at once.
+	Gate *Gate
+
 	// Identifier names this replica in responses; it may be empty.
 	Identifier string
 
@@ -76,6 +79,7 @@ type Config struct {
 // Server serves ADS, and the discovery services of single types, in both variants.
 type Server struct {
 	config  Config
+	limits  Limits
 	metrics *metrics
 	diffs   *differences // shared by all streams
 
@@ -96,7 +100,11 @@ func New(c Config) *Server {
 	if c.Now == nil {
 		c.Now = time.Now
 	}
-	return &Server{config: c, metrics: newMetrics(), diffs: &differences{}, streams: map[*stream]struct{}{}}
+	limits := Limits{}.withDefaults()
+	if c.Gate != nil {
+		limits = c.Gate.limits
+	}
+	return &Server{config: c, limits: limits, metrics: newMetrics(), diffs: &differences{}, streams: map[*stream]struct{}{}}
 }
 
 // Options are what a gRPC server of many quiet streams is to be started with: messages
@@ -131,17 +139,20 @@ func (s *Server) Disconnect(which func(xds.Proxy) bool) int {
 	return n
 }
 
-// Drain refuses new streams and closes those there are, spread evenly at random over the
-// given time, so that other replicas are not stormed. It returns when all are closed or
-// the context ends.
+// Drain refuses new streams and closes those there are, spread evenly over the given time
+// in random order, so that other replicas are not stormed. It returns when all are closed
+// or the context ends.
 func (s *Server) Drain(ctx context.Context, over time.Duration) error {
 	s.mu.Lock()
 	s.draining = true
 	s.mu.Unlock()
-	for _, st := range s.list() {
-		wait := time.Duration(0)
-		if over > 0 {
-			wait = rand.N(over)
+	streams := s.list()
+	rand.Shuffle(len(streams), func(i, j int) { streams[i], streams[j] = streams[j], streams[i] })
+	for i, st := range streams {
+		share := over / time.Duration(len(streams))
+		wait := time.Duration(i) * share
+		if share > 0 {
+			wait += rand.N(share)
 		}
 		timer := time.AfterFunc(wait, func() {
 			st.kick(status.Error(codes.Unavailable, "this replica is shutting down; another one will answer"))
@@ -156,6 +167,13 @@ func (s *Server) Drain(ctx context.Context, over time.Duration) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
+}
+
+// Streams is how many there are.
+func (s *Server) Streams() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.streams)
 }
 
 func (s *Server) list() []*stream {
@@ -210,6 +228,11 @@ func (s *Server) serve(ctx context.Context, w wire, typeURL string) error {
 	if who.id == "" {
 		return status.Error(codes.InvalidArgument, "the first request of a stream must carry node.id")
 	}
+	leave, err := s.enter(ctx, peer, first)
+	if err != nil {
+		return err
+	}
+	defer leave()
 	waiting, cancel := context.WithTimeout(ctx, s.config.Patience)
 	feed, err := s.config.Source.Attach(waiting, peer)
 	cancel()
@@ -220,6 +243,7 @@ func (s *Server) serve(ctx context.Context, w wire, typeURL string) error {
 	}
 	defer feed.Close()
 	st := newStream(s, w, feed, who, typeURL)
+	st.arrived = leave
 	if !s.add(st) {
 		return status.Error(codes.Unavailable, "this replica is shutting down; another one will answer")
 	}

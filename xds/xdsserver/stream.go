@@ -29,6 +29,7 @@ type stream struct {
 	node    node
 	machine *machine
 	frame   Frame
+	arrived func()    // tells the gate that it has all that it asked for; nil from then on
 	behind  time.Time // since when something was unacknowledged; zero while in sync
 }
 
@@ -147,6 +148,9 @@ func (st *stream) hear(r request) error {
 	}
 	st.mu.Lock()
 	defer st.mu.Unlock()
+	if err := st.server.limits.bound(st.machine, r); err != nil {
+		return err
+	}
 	now := st.server.config.Now()
 	if sub := st.machine.subs[r.typeURL]; r.isNACK && sub != nil && r.nonce == sub.inFlight && r.nonce != "" {
 		st.server.metrics.nacks.WithLabelValues(kind(r.typeURL)).Inc()
@@ -174,6 +178,7 @@ func (st *stream) speak() (time.Duration, error) {
 		st.measure(now)
 		if r == nil {
 			st.feed.Heard(st.frame, st.machine)
+			st.bring()
 		}
 		st.mu.Unlock()
 		if r == nil {
