@@ -141,16 +141,18 @@ func (e *editor) replace(was, is []Resource) {
 	next := places(is)
 	for i := range was {
 		r := &was[i]
-		at, ok := e.find(r.Name)
-		if !ok {
+		n := next(r.Name)
+		if n >= 0 && is[n].Version == r.Version {
 			continue
 		}
-		switch n := next(r.Name); {
+		at, ok := e.find(r.Name)
+		switch {
+		case !ok:
 		case n < 0:
 			e.copy()
 			e.sum -= sumOf(r)
 			e.list = slices.Delete(e.list, at, at+1)
-		case is[n].Version != r.Version:
+		default:
 			e.copy()
 			e.sum += sumOf(&is[n]) - sumOf(r)
 			e.list[at] = is[n]

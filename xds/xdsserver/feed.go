@@ -141,6 +141,18 @@ func (f *feed) told() Frame {
 	}
 }
 
+// Watch implements Watcher.
+func (f *feed) Watch(changed func()) {
+	f.mu.Lock()
+	f.watcher = changed
+	f.mu.Unlock()
+	select {
+	case <-f.changed: // before it watched
+		changed()
+	default:
+	}
+}
+
 // Changed implements Feed.
 func (f *feed) Changed() <-chan struct{} { return f.changed }
 

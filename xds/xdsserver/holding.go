@@ -10,8 +10,6 @@ import (
 	"sync"
 	"weak"
 
-	"google.golang.org/grpc/mem"
-
 	"github.com/isthmus-mesh/isthmus/xds"
 )
 
@@ -37,6 +35,35 @@ func find(list []xds.Resource, name string) (xds.Resource, bool) {
 		return list[i], true
 	}
 	return xds.Resource{}, false
+}
+
+// claim takes a returning proxy's word for what it has, in relation to what there is: most
+// of the time it is the same.
+func (h *holding) claim(versions map[string]string, list []xds.Resource) {
+	if len(versions) == 0 {
+		return
+	}
+	h.base = list
+	known := 0
+	for i := range list {
+		version, ok := versions[list[i].Name]
+		switch {
+		case !ok:
+			h.remove(list[i].Name)
+			continue
+		case version != list[i].Version:
+			h.set(xds.Resource{Name: list[i].Name, Version: version})
+		}
+		known++
+	}
+	if known == len(versions) {
+		return
+	}
+	for name, version := range versions {
+		if _, ok := find(list, name); !ok {
+			h.set(xds.Resource{Name: strings.Clone(name), Version: strings.Clone(version)})
+		}
+	}
 }
 
 func (h *holding) set(r xds.Resource) {
@@ -106,6 +133,11 @@ func (n *names) has(name string) bool {
 	return ok
 }
 
+// are tells whether the set is known to be that very list, and no other.
+func (n *names) are(list []string) bool {
+	return len(n.except) == 0 && len(list) > 0 && len(list) == len(n.common) && &list[0] == &n.common[0]
+}
+
 func (n *names) put(name string, in bool) {
 	if _, common := slices.BinarySearch(n.common, name); common == in {
 		delete(n.except, name)
@@ -167,8 +199,25 @@ type difference struct {
 	names   []string       // of what changed
 	nonce   string         // of responses that are just what changed; unlike those of a stream
 
-	once    sync.Once
-	encoded mem.BufferSlice // such a response, see encode
+	once   sync.Once
+	answer *response // that is just what changed; nil if it is too large for one message
+
+	encode  sync.Once
+	message *message // the same, encoded
+}
+
+// response is the one that all send who lack just what changed.
+func (d *difference) response(typeURL string) *response {
+	d.once.Do(func() {
+		r := &response{typeURL: typeURL, nonce: d.nonce, resources: d.changed, whole: d}
+		for i := range d.changed {
+			r.size += len(d.changed[i].Body)
+		}
+		if r.size <= responseBytes || len(d.changed) == 1 {
+			d.answer = r
+		}
+	})
+	return d.answer
 }
 
 func keyOf(from, to []xds.Resource) differenceKey {

@@ -51,6 +51,7 @@ type response struct {
 	resources []xds.Resource
 	removed   []string    // delta
 	whole     *difference // delta: it is this, for whoever it is sent to
+	size      int         // about how many bytes it has
 }
 
 // names are those of what is sent and taken away. They are shared.
@@ -77,6 +78,7 @@ type machine struct {
 	sotw      bool
 	resources xds.Resources
 	subs      map[string]*subscription
+	others    []*subscription // those of no core type that are served, ordered
 	nonces    uint64
 	diffs     *differences
 
@@ -101,6 +103,7 @@ type subscription struct {
 
 	lastNonce string
 	inFlight  string
+	inBytes   int // of what is in flight
 	sentAt    time.Time
 	sentNames []string
 	ackedAt   time.Time
@@ -173,6 +176,10 @@ func (m *machine) request(r request, now time.Time) {
 		first = true
 		sub = &subscription{typeURL: r.typeURL, answer: true}
 		m.subs[r.typeURL] = sub
+		if !coreType(r.typeURL) && served(r.typeURL) {
+			m.others = append(m.others, sub)
+			sort.Slice(m.others, func(i, j int) bool { return m.others[i].typeURL < m.others[j].typeURL })
+		}
 	}
 	if !first && r.nonce != "" && r.nonce == sub.inFlight {
 		sub.acknowledge(r, now)
@@ -200,7 +207,7 @@ func (s *subscription) acknowledge(r request, now time.Time) {
 		s.ackedAt = now
 		s.forget(s.sentNames)
 	}
-	s.inFlight, s.sentNames = "", nil
+	s.inFlight, s.inBytes, s.sentNames = "", 0, nil
 }
 
 // forget drops refusals of resources about which there is newer word, all of them.
@@ -294,8 +301,9 @@ func (s *subscription) setWildcard(on bool) {
 // subscribeSome applies a delta request.
 func (m *machine) subscribeSome(s *subscription, r request, first bool) {
 	if first {
-		for name, version := range r.initial {
-			s.held.set(xds.Resource{Name: name, Version: version})
+		s.held.claim(r.initial, m.resources[s.typeURL])
+		if m.subscribeAtOnce(s, r) {
+			return
 		}
 		if len(r.subscribe) == 0 && len(r.unsubscribe) == 0 {
 			s.wildcard = collection(s.typeURL)
@@ -333,6 +341,32 @@ func (m *machine) subscribeSome(s *subscription, r request, first bool) {
 	if first && s.typeURL == xds.EndpointType {
 		m.recluster = nil // from now on clusters say themselves what they need
 	}
+}
+
+// subscribeAtOnce applies a first request for exactly the names that there are, as Envoy
+// asks for the endpoints of all clusters and the routes of all listeners; false if it is
+// another one. It does what subscribeSome does, and shares what all who ask so have.
+func (m *machine) subscribeAtOnce(s *subscription, r request) bool {
+	list := m.resources[s.typeURL]
+	if len(r.subscribe) != len(list) || len(list) == 0 || len(r.unsubscribe) > 0 || len(r.initial) > 0 && len(m.recluster) > 0 {
+		return false
+	}
+	asked := make([]bool, len(list))
+	for _, name := range r.subscribe {
+		i := sort.Search(len(list), func(i int) bool { return list[i].Name >= name })
+		if i == len(list) || list[i].Name != name || asked[i] {
+			return false
+		}
+		asked[i] = true
+	}
+	s.named, s.names = true, names{common: m.diffs.between(nil, list).names}
+	if len(r.initial) > 0 {
+		s.answer = false
+	}
+	if s.typeURL == xds.EndpointType {
+		m.recluster = nil // from now on clusters say themselves what they need
+	}
+	return true
 }
 
 // knows tells whether a returning proxy says to have a resource, so that only another
@@ -395,8 +429,17 @@ var phases = []phase{
 // is when to ask at the latest.
 func (m *machine) next(now time.Time) (out *response, again time.Time) {
 	held := false
-	for _, ph := range phases {
-		for _, sub := range m.subsOf(ph) {
+	for i := range phases {
+		ph := &phases[i]
+		one := [1]*subscription{m.subs[ph.typeURL]}
+		subs := one[:]
+		switch {
+		case ph.typeURL == "":
+			subs = m.others
+		case one[0] == nil:
+			subs = nil
+		}
+		for _, sub := range subs {
 			if sub.inFlight == "" {
 				if r := m.respond(sub, ph.removals, now); r != nil {
 					return r, time.Time{}
@@ -411,32 +454,32 @@ func (m *machine) next(now time.Time) (out *response, again time.Time) {
 			}
 		}
 		if held && !ph.open {
+			if !m.holdsBack() {
+				again = time.Time{}
+			}
 			return nil, again
 		}
 	}
-	return nil, again
+	return nil, time.Time{}
 }
 
-// subsOf are the subscriptions of a phase, ordered.
-func (m *machine) subsOf(ph phase) []*subscription {
-	if ph.typeURL != "" {
-		if s := m.subs[ph.typeURL]; s != nil {
-			return []*subscription{s}
-		}
-		return nil
-	}
-	var out []*subscription
-	for typeURL, s := range m.subs {
-		switch typeURL {
-		case xds.ClusterType, xds.EndpointType, xds.ListenerType, xds.RouteType:
-		default:
-			if served(typeURL) {
-				out = append(out, s)
-			}
+// holdsBack tells whether there is anything that an answer is waited with.
+func (m *machine) holdsBack() bool {
+	for _, s := range m.subs {
+		if s.inFlight == "" && (s.dirty || s.answer || len(s.fresh)+len(s.gone)+len(s.force) > 0) {
+			return true
 		}
 	}
-	sort.Slice(out, func(i, j int) bool { return out[i].typeURL < out[j].typeURL })
-	return out
+	return false
+}
+
+// unanswered is how many bytes are in flight.
+func (m *machine) unanswered() int {
+	n := 0
+	for _, s := range m.subs {
+		n += s.inBytes
+	}
+	return n
 }
 
 // respond makes the response of one phase to one type, nil if it lacks nothing.
@@ -488,7 +531,10 @@ func (m *machine) compare(s *subscription) {
 	d := m.diffs.between(s.held.base, list)
 	s.dirty, s.fresh, s.gone, s.whole = false, nil, nil, nil
 	if len(s.held.over) == 0 && len(s.force) == 0 {
-		s.fresh, s.gone = only(d.changed, s.wants), onlyNames(d.gone, s.wants)
+		s.fresh, s.gone = d.changed, d.gone
+		if !s.wildcard && !s.names.are(d.names) {
+			s.fresh, s.gone = only(d.changed, s.wants), onlyNames(d.gone, s.wants)
+		}
 		if len(s.gone) == 0 && len(s.fresh) > 0 && sameList(s.fresh, d.changed) {
 			s.whole = d
 		}
@@ -588,17 +634,21 @@ func (s *subscription) drop(names []string) {
 
 // difference is a delta response.
 func (m *machine) difference(s *subscription, fresh []xds.Resource, gone []string, now time.Time) *response {
+	if s.whole != nil && len(fresh) == len(s.fresh) && len(gone) == 0 {
+		if r := s.whole.response(s.typeURL); r != nil {
+			m.note(s, fresh)
+			return m.fly(s, r, now)
+		}
+	}
 	size := 0
 	for i, r := range fresh {
-		if size += len(r.Body); size > responseBytes && i > 0 {
+		if size+len(r.Body) > responseBytes && i > 0 {
 			fresh = fresh[:i]
 			break
 		}
+		size += len(r.Body)
 	}
-	r := &response{typeURL: s.typeURL, resources: fresh, removed: gone}
-	if s.whole != nil && len(fresh) == len(s.fresh) {
-		r.whole, r.nonce = s.whole, s.whole.nonce
-	}
+	r := &response{typeURL: s.typeURL, resources: fresh, removed: gone, size: size}
 	m.note(s, fresh)
 	s.drop(gone)
 	return m.fly(s, r, now)
@@ -618,7 +668,11 @@ func (m *machine) whole(s *subscription, fresh []xds.Resource, removals bool, no
 		}
 		out = s.held.among(s.wants)
 	}
-	return m.fly(s, &response{typeURL: s.typeURL, resources: out, version: setVersion(out)}, now)
+	size := 0
+	for i := range out {
+		size += len(out[i].Body)
+	}
+	return m.fly(s, &response{typeURL: s.typeURL, resources: out, version: setVersion(out), size: size}, now)
 }
 
 // note records what is being sent. A cluster that is sent waits for its endpoints, even
@@ -662,7 +716,7 @@ func (m *machine) fly(s *subscription, r *response, now time.Time) *response {
 		m.nonces++
 		r.nonce = strconv.FormatUint(m.nonces, 36)
 	}
-	s.lastNonce, s.inFlight, s.sentAt, s.answer = r.nonce, r.nonce, now, false
+	s.lastNonce, s.inFlight, s.inBytes, s.sentAt, s.answer = r.nonce, r.nonce, r.size, now, false
 	s.sentNames = r.names()
 	return r
 }

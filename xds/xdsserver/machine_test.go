@@ -353,7 +353,7 @@ func FuzzAcknowledgement(f *testing.F) {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, raw []byte) {
-		short, ok := acknowledgement(raw)
+		short, ok := new(recentNonce).acknowledgement(raw)
 		var r discoveryv3.DeltaDiscoveryRequest
 		if !ok || proto.Unmarshal(raw, &r) != nil {
 			return

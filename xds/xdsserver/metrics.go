@@ -2,7 +2,11 @@
 
 package xdsserver
 
-import "github.com/prometheus/client_golang/prometheus"
+import (
+	"sync"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
 
 type metrics struct {
 	responses, resources, removals, bytes, nacks *prometheus.CounterVec
@@ -10,6 +14,22 @@ type metrics struct {
 	converged                                    prometheus.Histogram
 	streams                                      *prometheus.Desc
 	behind                                       *prometheus.Desc
+
+	known sync.Map // type URL to its *typeCounters
+}
+
+// typeCounters are the counters of one type.
+type typeCounters struct{ responses, resources, removals, bytes prometheus.Counter }
+
+func (m *metrics) of(typeURL string) *typeCounters {
+	if known, ok := m.known.Load(typeURL); ok {
+		return known.(*typeCounters)
+	}
+	t := kind(typeURL)
+	made, _ := m.known.LoadOrStore(typeURL, &typeCounters{
+		m.responses.WithLabelValues(t), m.resources.WithLabelValues(t), m.removals.WithLabelValues(t), m.bytes.WithLabelValues(t),
+	})
+	return made.(*typeCounters)
 }
 
 func newMetrics() *metrics {
@@ -37,15 +57,11 @@ func newMetrics() *metrics {
 }
 
 func (m *metrics) sent(r *response) {
-	t := kind(r.typeURL)
-	size := 0
-	for _, res := range r.resources {
-		size += len(res.Body)
-	}
-	m.responses.WithLabelValues(t).Inc()
-	m.resources.WithLabelValues(t).Add(float64(len(r.resources)))
-	m.removals.WithLabelValues(t).Add(float64(len(r.removed)))
-	m.bytes.WithLabelValues(t).Add(float64(size))
+	c := m.of(r.typeURL)
+	c.responses.Inc()
+	c.resources.Add(float64(len(r.resources)))
+	c.removals.Add(float64(len(r.removed)))
+	c.bytes.Add(float64(r.size))
 }
 
 // Describe implements prometheus.Collector.

@@ -82,6 +82,7 @@ type Server struct {
 	limits  Limits
 	metrics *metrics
 	diffs   *differences // shared by all streams
+	nonces  recentNonce  // likewise
 
 	mu       sync.Mutex
 	streams  map[*stream]struct{}

@@ -34,7 +34,7 @@ func (s *Server) Register(r grpc.ServiceRegistrar) {
 		}
 		r.RegisterService(&grpc.ServiceDesc{ServiceName: service.name, HandlerType: (*any)(nil), Streams: []grpc.StreamDesc{
 			both(service.whole, func(st grpc.ServerStream) wire { return sotwWire{st, who} }),
-			both(service.delta, func(st grpc.ServerStream) wire { return deltaWire{st, who} }),
+			both(service.delta, func(st grpc.ServerStream) wire { return &deltaWire{stream: st, who: who, nonces: &s.nonces} }),
 		}}, s)
 	}
 }

@@ -15,22 +15,32 @@ import (
 	"github.com/isthmus-mesh/isthmus/xds"
 )
 
-// stream is one proxy's conversation. Its machine is touched by one goroutine, under mu
-// only so that Proxies can look at it.
+// stream is one proxy's conversation. Whoever brings something new, the proxy or the feed,
+// looks at once what there is to say, and says it; only one at a time does.
 type stream struct {
 	server  *Server
 	wire    wire
 	feed    Feed
 	typeURL string // of single-type streams
 	opened  time.Time
-	kicked  chan error // capacity 1
+	ended   chan error // capacity 1
 
-	mu      sync.Mutex
-	node    node
-	machine *machine
-	frame   Frame
-	arrived func()    // tells the gate that it has all that it asked for; nil from then on
-	behind  time.Time // since when something was unacknowledged; zero while in sync
+	mu       sync.Mutex
+	node     node
+	machine  *machine
+	frame    Frame
+	stale    bool   // the feed has something newer than frame
+	speaking bool   // somebody is sending, and looks again before he stops
+	closed   bool   // nothing more is to be sent
+	arrived  func() // tells the gate that it has all that it asked for; nil from then on
+	behind   time.Time
+	timer    *time.Timer // looks again when something that is held back may go; nil until needed
+}
+
+// Watcher is a Feed that calls a function instead of using its channel, which saves a
+// goroutine for each stream. The function does not block.
+type Watcher interface {
+	Watch(changed func())
 }
 
 func newStream(s *Server, w wire, feed Feed, who node, typeURL string) *stream {
@@ -38,7 +48,7 @@ func newStream(s *Server, w wire, feed Feed, who node, typeURL string) *stream {
 	m.diffs = s.diffs
 	return &stream{
 		server: s, wire: w, feed: feed, node: who, typeURL: typeURL, opened: s.config.Now(),
-		kicked: make(chan error, 1), machine: m,
+		ended: make(chan error, 1), machine: m, stale: true,
 	}
 }
 
@@ -51,7 +61,7 @@ func (st *stream) proxy() xds.Proxy {
 // kick ends the stream with an error, also while it waits for a slow reader.
 func (st *stream) kick(err error) {
 	select {
-	case st.kicked <- err:
+	case st.ended <- err:
 	default:
 	}
 }
@@ -62,77 +72,70 @@ func (st *stream) kick(err error) {
 func (st *stream) run(ctx context.Context, first request) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	st.load()
-	done := make(chan error, 1)
-	go func() { done <- st.converse(ctx, first) }()
-	select {
-	case err := <-done:
-		if errors.Is(err, io.EOF) {
-			return nil
-		}
-		return err
-	case err := <-st.kicked:
-		return err
-	}
-}
-
-// load takes over what the feed has.
-func (st *stream) load() {
-	frame := st.feed.Current()
 	st.mu.Lock()
-	defer st.mu.Unlock()
-	st.frame = frame
-	st.machine.update(frame.Resources)
+	st.load()
+	st.mu.Unlock()
+	go st.listen(first)
+	if w, ok := st.feed.(Watcher); ok {
+		w.Watch(st.wake)
+	} else {
+		go func() {
+			for {
+				select {
+				case <-st.feed.Changed():
+					st.wake()
+				case <-ctx.Done():
+					return
+				}
+			}
+		}()
+	}
+	err := <-st.ended
+	st.mu.Lock()
+	st.closed = true
+	if st.timer != nil {
+		st.timer.Stop()
+	}
+	st.mu.Unlock()
+	if errors.Is(err, io.EOF) {
+		return nil
+	}
+	return err
 }
 
-// converse is the loop of one stream.
-func (st *stream) converse(ctx context.Context, first request) error {
-	requests := make(chan request)
-	failed := make(chan error, 1)
-	go func() {
-		for {
-			r, who, err := st.wire.receive()
-			if err != nil {
-				failed <- err
-				return
-			}
-			if who != (node{}) {
-				st.mu.Lock()
-				st.node.learn(who)
-				st.mu.Unlock()
-			}
-			select {
-			case requests <- r:
-			case <-ctx.Done():
-				return
-			}
+// load takes over what the feed has. The lock is held.
+func (st *stream) load() {
+	st.stale = false
+	st.frame = st.feed.Current()
+	st.machine.update(st.frame.Resources)
+}
+
+// listen takes in what the proxy says until it leaves.
+func (st *stream) listen(first request) {
+	err := st.hear(first)
+	for err == nil {
+		st.speak(true)
+		var r request
+		var who node
+		if r, who, err = st.wire.receive(); err != nil {
+			break
 		}
-	}()
-	timer := time.NewTimer(time.Hour)
-	defer timer.Stop()
-	if err := st.hear(first); err != nil {
-		return err
+		if who != (node{}) {
+			st.mu.Lock()
+			st.node.learn(who)
+			st.mu.Unlock()
+		}
+		err = st.hear(r)
 	}
-	for {
-		wait, err := st.speak()
-		if err != nil {
-			return err
-		}
-		timer.Reset(wait)
-		select {
-		case r := <-requests:
-			if err := st.hear(r); err != nil {
-				return err
-			}
-		case <-st.feed.Changed():
-			st.load()
-		case <-timer.C:
-		case err := <-failed:
-			return err
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-	}
+	st.kick(err)
+}
+
+// wake looks at the feed again.
+func (st *stream) wake() {
+	st.mu.Lock()
+	st.stale = true
+	st.mu.Unlock()
+	st.speak(false)
 }
 
 // hear takes in a request.
@@ -169,28 +172,81 @@ func clip(names []string, n int) []string {
 	return append(names[:n:n], "…")
 }
 
-// speak sends all there is to say, and tells how long to wait before asking again.
-func (st *stream) speak() (time.Duration, error) {
+// unanswered is up to how many bytes may be in flight for a send not to block: gRPC lets a
+// message of any size go while less than 64 KiB of those before are not written yet, and
+// what is acknowledged has been.
+const unanswered = 48 << 10
+
+// speak sends all there is to say, if nobody else is about to. Who must not block has a
+// proxy that does not keep up waited for by a goroutine.
+func (st *stream) speak(mayBlock bool) {
+	st.mu.Lock()
+	if st.speaking || st.closed {
+		st.mu.Unlock()
+		return
+	}
+	st.speaking = true
 	for {
+		if st.stale {
+			st.load()
+		}
 		now := st.server.config.Now()
-		st.mu.Lock()
 		r, again := st.machine.next(now)
 		st.measure(now)
 		if r == nil {
 			st.feed.Heard(st.frame, st.machine)
 			st.bring()
+			st.speaking = false
+			st.lookAgain(again, now)
+			st.mu.Unlock()
+			return
 		}
+		blocks := !mayBlock && st.machine.unanswered()-r.size > unanswered
 		st.mu.Unlock()
-		if r == nil {
-			if again.IsZero() {
-				return time.Hour, nil
-			}
-			return max(again.Sub(now), time.Millisecond), nil
+		if blocks {
+			go func() {
+				if st.send(r) {
+					st.resume()
+				}
+			}()
+			return
 		}
-		st.server.metrics.sent(r)
-		if err := st.wire.send(r); err != nil {
-			return 0, err
+		if !st.send(r) {
+			return
 		}
+		st.mu.Lock()
+	}
+}
+
+// resume goes on speaking.
+func (st *stream) resume() {
+	st.mu.Lock()
+	st.speaking = false
+	st.mu.Unlock()
+	st.speak(true)
+}
+
+// send is false when the stream is over; then nobody speaks any more.
+func (st *stream) send(r *response) bool {
+	st.server.metrics.sent(r)
+	err := st.wire.send(r)
+	if err != nil {
+		st.kick(err)
+	}
+	return err == nil
+}
+
+// lookAgain sees to it that what is held back goes when it may.
+func (st *stream) lookAgain(at, now time.Time) {
+	switch wait := max(at.Sub(now), time.Millisecond); {
+	case st.closed || at.IsZero():
+		if st.timer != nil {
+			st.timer.Stop()
+		}
+	case st.timer == nil:
+		st.timer = time.AfterFunc(wait, func() { st.speak(false) })
+	default:
+		st.timer.Reset(wait)
 	}
 }
 

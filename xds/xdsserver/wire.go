@@ -3,6 +3,8 @@
 package xdsserver
 
 import (
+	"sync/atomic"
+
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"google.golang.org/grpc"
@@ -66,19 +68,20 @@ func appendBytes[T ~[]byte | ~string](b []byte, field protowire.Number, v T) []b
 type deltaWire struct {
 	stream grpc.ServerStream
 	who    controlPlane
+	nonces *recentNonce
+	in     message // what is being received
 }
 
-func (w deltaWire) sotw() bool { return false }
+func (w *deltaWire) sotw() bool { return false }
 
-func (w deltaWire) receive() (request, node, error) {
-	var m message
-	if err := w.stream.RecvMsg(&m); err != nil {
+func (w *deltaWire) receive() (request, node, error) {
+	if err := w.stream.RecvMsg(&w.in); err != nil {
 		return request{}, node{}, err
 	}
-	defer m.data.Free()
-	data := m.data.MaterializeToBuffer(mem.DefaultBufferPool())
+	defer w.in.data.Free()
+	data := w.in.data.MaterializeToBuffer(mem.DefaultBufferPool())
 	defer data.Free()
-	if r, ok := acknowledgement(data.ReadOnlyData()); ok {
+	if r, ok := w.nonces.acknowledgement(data.ReadOnlyData()); ok {
 		return r, node{}, nil
 	}
 	r := &discoveryv3.DeltaDiscoveryRequest{}
@@ -88,15 +91,28 @@ func (w deltaWire) receive() (request, node, error) {
 	return deltaRequest(r), nodeOf(r.GetNode()), nil
 }
 
+// recentNonce is the nonce that was acknowledged last on any stream. Most others are about
+// to acknowledge the same, and need no copy of their own.
+type recentNonce struct{ last atomic.Pointer[string] }
+
+func (n *recentNonce) text(b []byte) string {
+	if last := n.last.Load(); last != nil && *last == string(b) {
+		return *last
+	}
+	text := string(b)
+	n.last.Store(&text)
+	return text
+}
+
 // acknowledgement reads a request that says nothing but that a response was taken, which
 // most do. False if it says more, or is no message.
-func acknowledgement(b []byte) (r request, ok bool) {
+func (n *recentNonce) acknowledgement(b []byte) (r request, ok bool) {
 	for len(b) > 0 {
-		number, kind, n := protowire.ConsumeTag(b)
-		if n < 0 || kind != protowire.BytesType {
+		number, kind, tag := protowire.ConsumeTag(b)
+		if tag < 0 || kind != protowire.BytesType {
 			return request{}, false
 		}
-		value, size := protowire.ConsumeBytes(b[n:])
+		value, size := protowire.ConsumeBytes(b[tag:])
 		if size < 0 {
 			return request{}, false
 		}
@@ -106,11 +122,11 @@ func acknowledgement(b []byte) (r request, ok bool) {
 				return request{}, false
 			}
 		case fieldDeltaRequestNonce:
-			r.nonce = string(value)
+			r.nonce = n.text(value)
 		default:
 			return request{}, false
 		}
-		b = b[n+size:]
+		b = b[tag+size:]
 	}
 	return r, r.nonce != ""
 }
@@ -141,19 +157,19 @@ func deltaRequest(r *discoveryv3.DeltaDiscoveryRequest) request {
 	}
 }
 
-func (w deltaWire) send(r *response) error {
+func (w *deltaWire) send(r *response) error {
 	if r.whole == nil {
 		return w.stream.SendMsg(&message{w.encode(r)})
 	}
-	r.whole.once.Do(func() { r.whole.encoded = w.encode(r) })
-	return w.stream.SendMsg(&message{r.whole.encoded})
+	r.whole.encode.Do(func() { r.whole.message = &message{w.encode(r)} })
+	return w.stream.SendMsg(r.whole.message)
 }
 
 // smallResponse is up to how many bytes a response is copied together; a larger one stays
 // a list of the fragments that it consists of.
 const smallResponse = 16 << 10
 
-func (w deltaWire) encode(r *response) mem.BufferSlice {
+func (w *deltaWire) encode(r *response) mem.BufferSlice {
 	size := 0
 	fragments := make([][]byte, len(r.resources))
 	for i, res := range r.resources {
