@@ -53,6 +53,15 @@ func (s served) SVID() (workloadapi.SVID, error) {
 	return svid, nil
 }
 
+// makeWorkloadDir makes a folder that the workload can enter, whatever the umask of who
+// started us. One that is there is somebody else's, and stays as it is.
+func makeWorkloadDir(path string) error {
+	if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return errors.Join(os.MkdirAll(path, 0o755), os.Chmod(path, 0o755))
+}
+
 // listenWorkload opens the socket for the workload. Its mode lets everybody in who
 // can enter the folder; who is served is decided by what the kernel says of the peer.
 func listenWorkload(ctx context.Context, path string) (net.Listener, error) {
@@ -68,7 +77,7 @@ func listenWorkload(ctx context.Context, path string) (net.Listener, error) {
 			return nil, fmt.Errorf("remove former workload socket: %w", err)
 		}
 	}
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+	if err := makeWorkloadDir(filepath.Dir(path)); err != nil {
 		return nil, fmt.Errorf("folder of the workload socket: %w", err)
 	}
 	var config net.ListenConfig
