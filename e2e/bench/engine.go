@@ -58,7 +58,7 @@ func playEngine(ctx context.Context, b *bench) error {
 		}
 		all = append(all, s)
 	}
-	if err := b.flaps(ctx, all, len(config.Message)); err != nil {
+	if err := b.profiled(ours, "flap", func() error { return b.flaps(ctx, all, len(config.Message)) }); err != nil {
 		return err
 	}
 	return b.loneFlaps(ctx, ours)

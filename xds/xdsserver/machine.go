@@ -78,7 +78,9 @@ type machine struct {
 	sotw      bool
 	resources xds.Resources
 	subs      map[string]*subscription
-	others    []*subscription // those of no core type that are served, ordered
+	all       []*subscription          // the same
+	core      [coreTypes]*subscription // those of the core types
+	others    []*subscription          // those of no core type that are served, ordered
 	nonces    uint64
 	diffs     *differences
 
@@ -156,8 +158,8 @@ func served(typeURL string) bool {
 
 // update replaces what there is to be had.
 func (m *machine) update(r xds.Resources) {
-	for typeURL, sub := range m.subs {
-		if !sameList(m.resources[typeURL], r[typeURL]) {
+	for _, sub := range m.all {
+		if !sameList(m.resources[sub.typeURL], r[sub.typeURL]) {
 			sub.dirty = true
 		}
 	}
@@ -176,7 +178,10 @@ func (m *machine) request(r request, now time.Time) {
 		first = true
 		sub = &subscription{typeURL: r.typeURL, answer: true}
 		m.subs[r.typeURL] = sub
-		if !coreType(r.typeURL) && served(r.typeURL) {
+		m.all = append(m.all, sub)
+		if i := slices.Index(coreOrder[:], r.typeURL); i >= 0 {
+			m.core[i] = sub
+		} else if served(r.typeURL) {
 			m.others = append(m.others, sub)
 			sort.Slice(m.others, func(i, j int) bool { return m.others[i].typeURL < m.others[j].typeURL })
 		}
@@ -405,7 +410,7 @@ func (s *subscription) unsubscribe(name string) {
 // it, what is old after. Names come after the listeners that serve them, and before these
 // are taken away.
 type phase struct {
-	typeURL  string
+	core     int // which of the core types; coreTypes means every other type
 	removals bool
 
 	// open phases do not hold back the next one: Envoy acknowledges clusters only when
@@ -413,16 +418,27 @@ type phase struct {
 	open bool
 }
 
+// coreOrder is the order of the types that depend on each other.
+var coreOrder = [coreTypes]string{xds.ClusterType, xds.EndpointType, xds.ListenerType, xds.RouteType}
+
+const (
+	coreClusters = iota
+	coreEndpoints
+	coreListeners
+	coreRoutes
+	coreTypes
+)
+
 var phases = []phase{
-	{xds.ClusterType, false, true},
-	{xds.EndpointType, false, false},
-	{xds.ListenerType, false, false},
-	{xds.RouteType, false, false},
-	{"", false, false}, // every other type
-	{xds.ListenerType, true, false},
-	{xds.RouteType, true, false},
-	{xds.ClusterType, true, false},
-	{xds.EndpointType, true, false},
+	{coreClusters, false, true},
+	{coreEndpoints, false, false},
+	{coreListeners, false, false},
+	{coreRoutes, false, false},
+	{coreTypes, false, false},
+	{coreListeners, true, false},
+	{coreRoutes, true, false},
+	{coreClusters, true, false},
+	{coreEndpoints, true, false},
 }
 
 // next is the response to send now, if any. Otherwise, if something is held back, again
@@ -431,13 +447,11 @@ func (m *machine) next(now time.Time) (out *response, again time.Time) {
 	held := false
 	for i := range phases {
 		ph := &phases[i]
-		one := [1]*subscription{m.subs[ph.typeURL]}
-		subs := one[:]
-		switch {
-		case ph.typeURL == "":
-			subs = m.others
-		case one[0] == nil:
-			subs = nil
+		subs := m.others
+		if ph.core < coreTypes {
+			if subs = m.core[ph.core : ph.core+1]; subs[0] == nil {
+				subs = nil
+			}
 		}
 		for _, sub := range subs {
 			if sub.inFlight == "" {
@@ -465,7 +479,7 @@ func (m *machine) next(now time.Time) (out *response, again time.Time) {
 
 // holdsBack tells whether there is anything that an answer is waited with.
 func (m *machine) holdsBack() bool {
-	for _, s := range m.subs {
+	for _, s := range m.all {
 		if s.inFlight == "" && (s.dirty || s.answer || len(s.fresh)+len(s.gone)+len(s.force) > 0) {
 			return true
 		}
@@ -476,7 +490,7 @@ func (m *machine) holdsBack() bool {
 // unanswered is how many bytes are in flight.
 func (m *machine) unanswered() int {
 	n := 0
-	for _, s := range m.subs {
+	for _, s := range m.all {
 		n += s.inBytes
 	}
 	return n

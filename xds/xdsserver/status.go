@@ -98,7 +98,7 @@ func (s *subscription) status() TypeStatus {
 
 // settled tells whether everything was sent and answered.
 func (m *machine) settled() bool {
-	for _, s := range m.subs {
+	for _, s := range m.all {
 		if s.inFlight != "" || s.dirty && served(s.typeURL) || len(s.fresh) > 0 || len(s.gone) > 0 {
 			return false
 		}
@@ -129,7 +129,7 @@ func (m *machine) Held(typeURL, name string) (version string, ok bool) {
 
 // waiting tells whether anything was sent that was not answered.
 func (m *machine) waiting() bool {
-	for _, s := range m.subs {
+	for _, s := range m.all {
 		if s.inFlight != "" {
 			return true
 		}
