@@ -42,7 +42,7 @@ func trusting(t *testing.T, w *world, source federation.SourceID, pod string) {
 // until asks for the authority until it is as wanted.
 func (w *world) until(t *testing.T, what string, ok func(*api.AuthorityReport) bool) *api.AuthorityReport {
 	t.Helper()
-	for end := time.Now().Add(20 * time.Second); ; {
+	for end := time.Now().Add(time.Minute); ; {
 		report, err := w.client.GetAuthority(t.Context(), &api.GetAuthorityRequest{})
 		if err != nil {
 			t.Fatal(err)

@@ -262,7 +262,7 @@ func TestReplicasRotateTogether(t *testing.T) {
 	if err := replicas[0].Rotate(ctx, ca.ScopeRoot, "ops"); err != nil {
 		t.Fatal(err)
 	}
-	deadline := time.Now().Add(time.Minute)
+	deadline := time.Now().Add(5 * time.Minute)
 	var last []ca.Issued
 	for n := 0; len(replicas[0].Rotations(ca.Standing{}))+len(replicas[1].Rotations(ca.Standing{})) > 0 || n < 2; n++ {
 		if time.Now().After(deadline) {
