@@ -7,6 +7,7 @@
 //	echo serve                        listen (see -h for the ports)
 //	echo call URL [flags]             call, and tell who answered
 //	echo get URL                      one plain GET, its body printed (for hooks and probes)
+//	echo identity                     ask the SPIFFE Workload API who I am
 //	echo shop NAME=URL…               the front end of the demo
 //
 // URLs of call: http:// https:// h2c:// grpc:// ws:// tcp:// first:// (the server speaks
@@ -27,7 +28,7 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	root := &cobra.Command{Use: "echo", Short: "answer with where I am", SilenceUsage: true, SilenceErrors: true}
-	root.AddCommand(serveCommand(), callCommand(), getCommand(), shopCommand())
+	root.AddCommand(serveCommand(), callCommand(), getCommand(), identityCommand(), shopCommand())
 	if err := root.ExecuteContext(ctx); err != nil {
 		fmt.Fprintln(os.Stderr, "echo:", err)
 		os.Exit(1)
