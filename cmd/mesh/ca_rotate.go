@@ -67,6 +67,10 @@ An authority that was brought along (meshd --ca-dir) is not rotated by the mesh.
 				return usagef("name what to rotate: --root, --cluster NAME or --network NAME")
 			}
 			if !plan {
+				// What cannot be done is not asked about.
+				if _, err := s.plan(cmd.Context(), f.name()); err != nil {
+					return err
+				}
 				if err := s.confirm(yes, "Rotate the authority "+f.name()+"?", f.name()); err != nil {
 					return err
 				}
@@ -81,18 +85,22 @@ An authority that was brought along (meshd --ca-dir) is not rotated by the mesh.
 	return cmd
 }
 
+func (s *session) plan(ctx context.Context, name string) (*api.RotateAuthorityResponse, error) {
+	return s.changeRotation(ctx, &api.RotateAuthorityRequest{Name: name, Action: "plan"}, "cannot rotate the authority "+name)
+}
+
 func (s *session) rotate(ctx context.Context, name string, plan bool) error {
-	action := "start"
-	if plan {
-		action = "plan"
-	}
-	answer, err := s.changeRotation(ctx, &api.RotateAuthorityRequest{Name: name, Action: action}, "cannot rotate the authority "+name)
-	if err != nil {
-		return err
-	}
 	if !plan {
+		answer, err := s.changeRotation(ctx, &api.RotateAuthorityRequest{Name: name, Action: "start"}, "cannot rotate the authority "+name)
+		if err != nil {
+			return err
+		}
 		fmt.Fprintf(s.stderr, "%s rotation of %s has begun; follow it: mesh ca status\n", s.style(s.stderr).mark("done"), printable(name))
 		return s.printAuthority(answer.GetReport())
+	}
+	answer, err := s.plan(ctx, name)
+	if err != nil {
+		return err
 	}
 	drain := time.Duration(answer.GetDrainSeconds()) * time.Second
 	fmt.Fprintf(s.stdout, "prepare → distribute → sign-new → drain-old → remove   est. %s, once all have acknowledged\n", short(drain))
@@ -197,7 +205,7 @@ func (s *session) printRotation(r *api.Rotation) error {
 	fmt.Fprintf(s.stdout, "\n%s   phase %s   started %s ago   point of no return: remove\n", printable(what), r.GetPhase(), s.age(r.GetStarted()))
 	if w := r.GetWaiting(); w != "" {
 		at := ""
-		if r.GetDrains() != nil && r.GetPhase() == "drain-old" {
+		if r.GetDrains() != nil && r.GetPhase() == "drain-old" && !r.GetPaused() {
 			at = ", in " + short(r.GetDrains().AsTime().Sub(s.now()))
 		}
 		fmt.Fprintf(s.stdout, "waiting for %s%s\n", printable(w), at)
