@@ -64,10 +64,12 @@ func playReconnect(ctx context.Context, b *bench) error {
 		return err
 	}
 	began := time.Now()
-	if err := s.crowd.connect(ctx, b.proxies, true); err != nil {
-		return err
-	}
-	if err := s.crowd.arrived(ctx, int64(b.proxies)); err != nil {
+	if err := b.profiled(s, "reconnect", func() error {
+		if err := s.crowd.connect(ctx, b.proxies, true); err != nil {
+			return err
+		}
+		return s.crowd.arrived(ctx, int64(b.proxies))
+	}); err != nil {
 		return err
 	}
 	took := time.Since(began)
