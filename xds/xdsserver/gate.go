@@ -20,7 +20,7 @@ import (
 type Limits struct {
 	Connections int           // at once: 20000
 	Strangers   int           // of these, whose handshake is not done: 4000
-	Handshakes  int           // that compute at once: half of the processors, at least 1
+	Handshakes  int           // that begin at once, and as many that end: half of the processors, at least 1
 	Share       float64       // of the processors that may be busy while more streams are let in: 0.8
 	Wait        time.Duration // of a connection, and again of a stream, before it is refused: 10 s
 	Names       int           // of one type that a stream may ask for or say to have: 100000
@@ -61,7 +61,8 @@ type Gate struct {
 	limits  Limits
 	budget  budget
 	metrics *gateMetrics
-	turns   chan struct{} // a place for each handshake that computes
+
+	beginning, ending chan struct{} // a place for each handshake that computes its first answer, and what comes after
 
 	mu          sync.Mutex
 	connections int
@@ -100,7 +101,7 @@ func NewGate(l Limits) *Gate {
 }
 
 func newGate(l Limits, b budget) *Gate {
-	return &Gate{limits: l, budget: b, metrics: newGateMetrics(), turns: make(chan struct{}, l.Handshakes)}
+	return &Gate{limits: l, budget: b, metrics: newGateMetrics(), beginning: make(chan struct{}, l.Handshakes), ending: make(chan struct{}, l.Handshakes)}
 }
 
 // enter waits until a stream may be served. The returned function is to be called when it

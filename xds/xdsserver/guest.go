@@ -54,16 +54,18 @@ func (g *Gate) admit() bool {
 }
 
 // guest is a connection that is counted. While it shakes hands it holds a place among
-// those that compute, but not while it waits for its peer.
+// those that compute, but not while it waits for its peer. Those that have begun have
+// places of their own, so that they end before all others have begun.
 type guest struct {
 	net.Conn
 	gate *Gate
 
-	known     sync.Once
-	closing   sync.Once
-	shaking   atomic.Bool
-	computing bool      // holds a place; used by the handshake alone, as is the next
-	until     time.Time // when the handshake must be done, what it waits for a place not counted
+	known   sync.Once
+	closing sync.Once
+	shaking atomic.Bool
+	place   chan struct{} // in which it holds one, nil if it holds none; used by the handshake alone, as are the next
+	begun   bool
+	until   time.Time // when the handshake must be done, what it waits for a place not counted
 }
 
 // SyscallConn lets gRPC set options of the socket.
@@ -109,9 +111,14 @@ func (c *guest) meet() {
 
 // acquire takes a place among those that compute.
 func (c *guest) acquire() error {
+	place := c.gate.beginning
+	if c.begun {
+		place = c.gate.ending
+	}
+	c.begun = true
 	select {
-	case c.gate.turns <- struct{}{}:
-		c.computing = true
+	case place <- struct{}{}:
+		c.place = place
 		return nil
 	default:
 	}
@@ -119,8 +126,8 @@ func (c *guest) acquire() error {
 	timer := time.NewTimer(c.gate.limits.Wait)
 	defer timer.Stop()
 	select {
-	case c.gate.turns <- struct{}{}:
-		c.computing = true
+	case place <- struct{}{}:
+		c.place = place
 		waited := time.Since(start)
 		c.gate.metrics.waited.WithLabelValues("handshake").Observe(waited.Seconds())
 		c.until = c.until.Add(waited)
@@ -132,9 +139,9 @@ func (c *guest) acquire() error {
 }
 
 func (c *guest) release() {
-	if c.computing {
-		c.computing = false
-		<-c.gate.turns
+	if c.place != nil {
+		<-c.place
+		c.place = nil
 	}
 }
 
@@ -163,10 +170,6 @@ func (c gateCredentials) ServerHandshake(conn net.Conn) (net.Conn, credentials.A
 	}
 	g.shaking.Store(true)
 	defer g.shaking.Store(false)
-	if err := g.acquire(); err != nil {
-		g.Close()
-		return nil, nil, err
-	}
 	defer g.release()
 	out, info, err := c.TransportCredentials.ServerHandshake(conn)
 	if err == nil {
