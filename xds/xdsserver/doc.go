@@ -13,6 +13,8 @@
 //     proxy class, and wakes only the streams whose class got different bytes. Its doors
 //     hold callers back while the gateways between learn where to lead them.
 //
+// Before them stands the Gate, which lets proxies in as the processors allow.
+//
 // The protocol is described in
 // https://www.envoyproxy.io/docs/envoy/latest/api-docs/xds_protocol. Tests are named after
 // its rules.
