@@ -13,6 +13,9 @@ import (
 // lookPatience bounds one look at a stage on which something has gone wrong.
 const lookPatience = 5 * time.Second
 
+// viewLines is how much of an answer is shown.
+const viewLines = 100
+
 // View is what the mesh and the clusters say of themselves, for who has only a failed
 // story's output: on which side of the mesh something was not known.
 func (s *Stage) View(ctx context.Context) string {
@@ -21,7 +24,7 @@ func (s *Stage) View(ctx context.Context) string {
 		ctx, cancel := context.WithTimeout(ctx, lookPatience)
 		defer cancel()
 		r, err := run(ctx)
-		fmt.Fprintf(&b, "%s:\n%s%s", what, r.Stdout, r.Stderr)
+		fmt.Fprintf(&b, "%s:\n%s%s", what, atMost(r.Stdout, viewLines), r.Stderr)
 		if err != nil {
 			fmt.Fprintf(&b, "%v\n", err)
 		}
@@ -45,4 +48,13 @@ func (s *Stage) View(ctx context.Context) string {
 		})
 	}
 	return b.String()
+}
+
+// atMost is the beginning of a text.
+func atMost(text string, lines int) string {
+	all := strings.SplitAfter(text, "\n")
+	if len(all) <= lines {
+		return text
+	}
+	return strings.Join(all[:lines], "") + fmt.Sprintf("… %d more lines\n", len(all)-lines)
 }
