@@ -55,8 +55,9 @@ type SourceConfig struct {
 
 	// Answer is how long the API server may take to answer a list or a watch, and to go on
 	// with the first state of a kind, before it is asked again with twice the patience; zero
-	// means 10 s. A kind of which nothing is heard for half as long is out of sync. Silence is how long a watch may bring neither changes nor bookmarks, of
-	// which kube-apiserver sends one a minute; zero means 90 s.
+	// means 10 s. A kind of which nothing is heard for half as long is out of sync. Silence
+	// is how long a watch may bring neither changes nor bookmarks, of which kube-apiserver
+	// sends one a minute; zero means 90 s.
 	Answer, Silence time.Duration
 
 	Budget Budget
